@@ -1,0 +1,187 @@
+"""QWen-VL's visual encoder (arXiv 2308.12966): a ViT, then a resampler that sums a picture up in a few tokens.
+
+    448×448 picture ─► 32×32 patches of 14×14 ─► 48 transformer layers ─► 256 queries look at the 1024 patches ─► tokens
+
+Two habits differ from the usual ViT: there is no class token, and q, k, v lie interleaved per head in one matrix.
+Every module has its name in the official checkpoint, under `transformer.visual.`. Next file: visualchat.py.
+"""
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps
+from torch import Tensor, nn
+
+from llama import load_strictly, read_json, read_tensors
+
+MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073])[:, None, None]      # CLIP's, over red, green, blue
+STD = torch.tensor([0.26862954, 0.26130258, 0.27577711])[:, None, None]
+PREFIX = "transformer.visual."
+EPS = 1e-6
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """Sizes, under the names of `visual` in the official config.json; those below it follow from tensor shapes."""
+    image_size: int = 448
+    patch_size: int = 14
+    width: int = 1664
+    layers: int = 48
+    heads: int = 16
+    mlp_width: int = 8192
+    output_dim: int = 4096
+    n_queries: int = 256
+    grid: int = 16                  # side of the square of learned positions, before it is resized to the patches
+
+
+# ---- a picture from a file ----
+
+def open_image(file) -> Image.Image:
+    """An RGB picture from a path or file that Pillow opens: upright (EXIF), transparency on white, first frame."""
+    image = ImageOps.exif_transpose(Image.open(file))
+    if image.mode.startswith("I") or image.mode == "F":                     # 16 or 32 bits: bring the range to 0..255
+        values = np.asarray(image, dtype=np.float32)
+        top = 65535 if image.mode.startswith("I;16") or values.max(initial=0) > 255 else 255
+        image = Image.fromarray((values / top * 255).clip(0, 255).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def pixels(image: Image.Image, size: int = 448) -> Tensor:
+    """The encoder's input (3, size, size) float32: the RGB picture squeezed to a square, then normalised as CLIP does."""
+    square = image.resize((size, size), Image.Resampling.BICUBIC)
+    rgb = torch.from_numpy(np.array(square)).permute(2, 0, 1) / 255         # (3, size, size)
+    return (rgb - MEAN) / STD
+
+
+# ---- parts ----
+
+def resized(grid: Tensor, patches: int) -> Tensor:
+    """A square of learned positions (G*G, C), stretched to (patches, C) as bicubic interpolation does."""
+    old, new = round(grid.shape[0] ** 0.5), round(patches ** 0.5)
+    if old == new:
+        return grid
+    square = grid.float().unflatten(0, (old, old)).permute(2, 0, 1)[None]   # (1, C, G, G)
+    square = F.interpolate(square, (new, new), mode="bicubic", align_corners=False)
+    return square[0].flatten(1).T.to(grid.dtype)
+
+
+class Attention(nn.Module):
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.in_proj = nn.Linear(width, 3 * width)
+        self.out_proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.in_proj(x).unflatten(-1, (self.heads, 3, -1)).unbind(-2)       # each (N, P, H, D)
+        out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+        return self.out_proj(out.transpose(1, 2).flatten(2))                          # (N, P, C)
+
+
+class MLP(nn.Module):
+    def __init__(self, width: int, mlp_width: int):
+        super().__init__()
+        self.c_fc = nn.Linear(width, mlp_width)
+        self.c_proj = nn.Linear(mlp_width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c_proj(F.gelu(self.c_fc(x)))
+
+
+class Block(nn.Module):
+    def __init__(self, config: VisionConfig):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.width, eps=EPS)
+        self.attn = Attention(config.width, config.heads)
+        self.ln_2 = nn.LayerNorm(config.width, eps=EPS)
+        self.mlp = MLP(config.width, config.mlp_width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(self.ln_1(x))
+        return x + self.mlp(self.ln_2(x))
+
+
+class Transformer(nn.Module):
+    def __init__(self, config: VisionConfig):
+        super().__init__()
+        self.resblocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.resblocks:
+            x = block(x)
+        return x
+
+
+class Resampler(nn.Module):
+    """Learned queries look at all patches: P patches in, as many tokens as queries out."""
+
+    def __init__(self, config: VisionConfig):
+        super().__init__()
+        self.query = nn.Parameter(torch.randn(config.n_queries, config.output_dim) * 0.02)
+        self.pos_embed = nn.Parameter(torch.randn(config.n_queries, config.output_dim) * 0.02)
+        self.kv_proj = nn.Linear(config.width, config.output_dim, bias=False)
+        self.attn = nn.MultiheadAttention(config.output_dim, config.output_dim // 128, batch_first=True)
+        self.ln_q = nn.LayerNorm(config.output_dim, eps=EPS)
+        self.ln_kv = nn.LayerNorm(config.output_dim, eps=EPS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.ln_kv(self.kv_proj(x))                                     # (N, P, output_dim)
+        q = (self.ln_q(self.query) + self.pos_embed).expand(x.shape[0], -1, -1)
+        k = x + resized(self.pos_embed, x.shape[1])                         # places guide the look, values get none
+        return self.attn(q, k, x, need_weights=False)[0]                    # (N, n_queries, output_dim)
+
+
+# ---- the whole ----
+
+class VisionTransformer(nn.Module):
+    def __init__(self, config: VisionConfig):
+        super().__init__()
+        self.config = config
+        self.conv1 = nn.Conv2d(3, config.width, config.patch_size, config.patch_size, bias=False)
+        self.positional_embedding = nn.Parameter(torch.randn(config.grid ** 2, config.width) * config.width ** -0.5)
+        self.ln_pre = nn.LayerNorm(config.width, eps=EPS)
+        self.transformer = Transformer(config)
+        self.attn_pool = Resampler(config)
+        self.ln_post = nn.LayerNorm(config.output_dim, eps=EPS)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Pixels (N, 3, image_size, image_size) to features (N, n_queries, output_dim)."""
+        x = self.conv1(images).flatten(2).mT                                # (N, P, C)
+        x = self.ln_pre(x + resized(self.positional_embedding, x.shape[1]))
+        return self.ln_post(self.attn_pool(self.transformer(x)))
+
+    @classmethod
+    def from_pretrained(cls, folder: Path | str, dtype=None, device="cpu") -> "VisionTransformer":
+        """The encoder of an official QWen-VL folder, from its pickled shards or from safetensors.
+
+        Only shards that the index names for `transformer.visual.` are opened. QWen-VL's last step, `proj`, is left
+        out as DeepSpeed-VisualChat does. Raises FileNotFoundError for absent files, ValueError where they do not fit.
+        """
+        folder = Path(folder)
+        tensors = {name.removeprefix(PREFIX): tensor for name, tensor in read_tensors(folder, PREFIX)}
+        tensors.pop("proj", None)
+        with torch.device("meta"):                              # no memory and no time spent on initial values
+            vit = cls(read_config(folder / "config.json", tensors))
+        load_strictly(vit, tensors, folder, dtype, device)
+        return vit
+
+
+def read_config(path: Path, tensors: dict[str, Tensor]) -> VisionConfig:
+    """Sizes from config.json's `visual`, and from the shapes of `tensors` where it is silent."""
+    if not path.exists():
+        raise FileNotFoundError(f"no {path}: a QWen-VL folder has config.json and its weight shards")
+    visual = read_json(path).get("visual")
+    if not isinstance(visual, dict):
+        raise ValueError(f"{path} has no `visual` section: is this a QWen-VL folder?")
+    try:
+        sizes = {name: visual[name] for name in ("image_size", "patch_size", "width", "layers", "heads", "output_dim")}
+        return VisionConfig(**sizes, n_queries=tensors["attn_pool.query"].shape[0],
+                            mlp_width=tensors["transformer.resblocks.0.mlp.c_fc.weight"].shape[0],
+                            grid=round(tensors["positional_embedding"].shape[0] ** 0.5))
+    except KeyError as error:
+        raise ValueError(f"{path.parent} is no QWen-VL folder: {error} is missing in it") from error
