@@ -8,13 +8,14 @@ states, because only answers need logits. Every module has its name in the offic
 Before: mmca.py, with the attention and the letters for shapes. Next: vit.py.
 """
 import json
-from collections.abc import Callable, Iterator
+import pickle
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from sentencepiece import SentencePieceProcessor
 from torch import Tensor, nn
 
@@ -127,12 +128,15 @@ class Layer(nn.Module):
 
 # ---- official folders ----
 
-def read_json(path: Path) -> dict:
-    """A JSON file; raises ValueError that names the file where it is no JSON."""
+def read_json(path: Path, expected: type = dict):
+    """The object (or the list, if that is expected) in a JSON file; raises ValueError that names the file."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(found, expected):
+        raise ValueError(f"{path} holds a {type(found).__name__}, expected a {expected.__name__}")
+    return found
 
 
 def shards(folder: Path, prefix: str) -> list[Path]:
@@ -143,10 +147,10 @@ def shards(folder: Path, prefix: str) -> list[Path]:
     for single in ("model.safetensors", "pytorch_model.bin"):
         index = folder / f"{single}.index.json"
         if index.exists():
-            weight_map = read_json(index)["weight_map"]
-            names = {shard for name, shard in weight_map.items() if name.startswith(prefix)}
-            if outside := [name for name in names if Path(name).name != name]:
-                raise ValueError(f"{index} names {outside[0]!r}, a file outside its folder")
+            weight_map = read_json(index).get("weight_map", {})
+            names = {str(shard) for name, shard in weight_map.items() if name.startswith(prefix)}
+            if outside := [name for name in names if Path(name).name != name or name in ("", "..")]:
+                raise ValueError(f"{index} names {outside[0]!r}, which is no file in its folder")
             if absent := sorted(name for name in names if not (folder / name).exists()):
                 raise FileNotFoundError(f"{folder} lacks {', '.join(absent)}, named by {index.name}: fetch them again")
             return [folder / name for name in sorted(names)]
@@ -157,31 +161,44 @@ def shards(folder: Path, prefix: str) -> list[Path]:
                             f"found: {found}")
 
 
-def read_tensors(folder: Path, prefix: str) -> Iterator[tuple[str, Tensor]]:
-    """Name and tensor of everything in the folder whose name starts with `prefix`, read one at a time."""
-    for shard in shards(folder, prefix):
-        if shard.suffix == ".safetensors":
-            with safe_open(shard, "pt") as file:
-                yield from ((name, file.get_tensor(name)) for name in file.keys() if name.startswith(prefix))
-        else:       # weights_only: a pickle could otherwise run any code; mmap: tensors not asked for are never read
-            pickled = torch.load(shard, map_location="cpu", weights_only=True, mmap=True)
-            yield from ((name, tensor) for name, tensor in pickled.items() if name.startswith(prefix))
+def read_tensors(folder: Path, prefix: str) -> dict[str, Tensor]:
+    """Everything in the folder whose name starts with `prefix`, memory-mapped: bytes are read when they are copied.
 
-
-def load_strictly(module: nn.Module, tensors: dict[str, Tensor], source: Path | str, dtype=None, device="cpu"):
-    """Put `tensors` in place of the module's own, which may lie on the meta device.
-
-    Raises ValueError that lists missing, unexpected and wrongly shaped tensors. dtype None keeps the file's.
+    Raises FileNotFoundError as `shards` does, and ValueError where a file is damaged or more than tensors.
     """
-    expected = module.state_dict()
-    wrong = [f"missing {name} {tuple(t.shape)}" for name, t in expected.items() if name not in tensors]
-    wrong += [f"unexpected {name} {tuple(t.shape)}" for name, t in tensors.items() if name not in expected]
-    wrong += [f"{name} is {tuple(tensors[name].shape)}, expected {tuple(t.shape)}"
-              for name, t in expected.items() if name in tensors and tensors[name].shape != t.shape]
+    tensors = {}
+    for shard in shards(folder, prefix):
+        try:
+            if shard.suffix == ".safetensors":
+                with safe_open(shard, "pt") as file:
+                    tensors |= {name: file.get_tensor(name) for name in file.keys() if name.startswith(prefix)}
+            else:                                               # weights_only: another pickle could run any code
+                pickled = torch.load(shard, map_location="cpu", weights_only=True, mmap=True)
+                tensors |= {name: tensor for name, tensor in pickled.items() if name.startswith(prefix)}
+        except (SafetensorError, RuntimeError, pickle.UnpicklingError, AttributeError) as error:
+            raise ValueError(f"{shard} holds no named tensors or is damaged, fetch it again "
+                             f"({type(error).__name__})") from error
+    return tensors
+
+
+def check(expected: dict[str, Tensor], found: dict[str, Tensor], source: Path):
+    """Raises ValueError that lists missing, unexpected and wrongly shaped tensors, if there are any."""
+    wrong = [f"missing {name} {tuple(t.shape)}" for name, t in expected.items() if name not in found]
+    wrong += [f"unexpected {name} {tuple(t.shape)}" for name, t in found.items() if name not in expected]
+    wrong += [f"{name} is {tuple(found[name].shape)}, expected {tuple(t.shape)}"
+              for name, t in expected.items() if name in found and found[name].shape != t.shape]
     if wrong:
         more = f" (and {len(wrong) - 6} more)" if len(wrong) > 6 else ""
-        raise ValueError(f"{source} does not fit this {type(module).__name__}: {'; '.join(wrong[:6])}{more}. "
-                         "Is it the folder of another size, or damaged?")
+        raise ValueError(f"{source} does not fit the model: {'; '.join(wrong[:6])}{more}. "
+                         "Is it of another size, or damaged?")
+
+
+def load_strictly(module: nn.Module, tensors: dict[str, Tensor], source: Path, dtype=None, device="cpu"):
+    """Put `tensors` in place of the module's own, which may lie on the meta device; raises as `check` does.
+
+    dtype None keeps the file's.
+    """
+    check(module.state_dict(), tensors, source)
     module.load_state_dict({name: t.to(device, dtype) for name, t in tensors.items()}, assign=True)
 
 
@@ -221,7 +238,7 @@ class Llama(nn.Module):
         config = read_config(folder / "config.json")
         with torch.device("meta"):                              # no memory and no time spent on initial values
             llama = cls(config, attention)
-        tensors = {name.removeprefix("model."): tensor for name, tensor in read_tensors(folder, "")
+        tensors = {name.removeprefix("model."): tensor for name, tensor in read_tensors(folder, "").items()
                    if not name.endswith("rotary_emb.inv_freq")}  # some official shards hold RoPE's own table
         load_strictly(llama, tensors, folder, dtype, device)
         return llama
@@ -232,7 +249,8 @@ def read_config(path: Path) -> LlamaConfig:
     if not path.exists():
         raise FileNotFoundError(f"no {path}: a LLaMA-2 folder has config.json, safetensors shards and tokenizer.model")
     found = read_json(path)
-    for name, only in (("model_type", "llama"), ("hidden_act", "silu"), ("rope_scaling", None),
+    found |= found.get("rope_parameters") or {}         # where transformers 5 writes rope_theta and rope_type
+    for name, only in (("model_type", "llama"), ("hidden_act", "silu"), ("rope_scaling", None), ("rope_type", "default"),
                        ("tie_word_embeddings", False), ("attention_bias", False), ("mlp_bias", False)):
         if found.get(name, only) != only:
             raise ValueError(f"{path}: {name} is {found[name]!r}, a LLaMA-2 has {only!r}")

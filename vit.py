@@ -40,10 +40,12 @@ class VisionConfig:
 
 def open_image(file) -> Image.Image:
     """An RGB picture from a path or file that Pillow opens: upright (EXIF), transparency on white, first frame."""
-    image = ImageOps.exif_transpose(Image.open(file))
+    with Image.open(file) as opened:
+        image = ImageOps.exif_transpose(opened)                             # a copy, of the first frame
     if image.mode.startswith("I") or image.mode == "F":                     # 16 or 32 bits: bring the range to 0..255
         values = np.asarray(image, dtype=np.float32)
-        top = 65535 if image.mode.startswith("I;16") or values.max(initial=0) > 255 else 255
+        brightest = values.max(initial=0)
+        top = 65535 if image.mode.startswith("I;16") or brightest > 255 else 1 if image.mode == "F" and brightest <= 1 else 255
         image = Image.fromarray((values / top * 255).clip(0, 255).astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
@@ -163,7 +165,7 @@ class VisionTransformer(nn.Module):
         out as DeepSpeed-VisualChat does. Raises FileNotFoundError for absent files, ValueError where they do not fit.
         """
         folder = Path(folder)
-        tensors = {name.removeprefix(PREFIX): tensor for name, tensor in read_tensors(folder, PREFIX)}
+        tensors = {name.removeprefix(PREFIX): tensor for name, tensor in read_tensors(folder, PREFIX).items()}
         tensors.pop("proj", None)
         with torch.device("meta"):                              # no memory and no time spent on initial values
             vit = cls(read_config(folder / "config.json", tensors))

@@ -1,0 +1,308 @@
+"""Training with DeepSpeed: the projection and the token embedding learn, everything else is frozen (paper, section 3).
+
+    deepspeed train.py --size tiny                     a laptop, minutes
+    deepspeed train.py --size 7b --data /path/to/data  a GPU machine
+
+out/<size>/ then holds trained.safetensors with config.json, which chat.py loads, and log.csv with loss.png to look at.
+This file alone needs deepspeed. Before: data.py. Next file: chat.py.
+"""
+import argparse
+import csv
+import math
+import os
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw
+from torch import Tensor
+from torch.utils.data import DataLoader, DistributedSampler, Subset
+from tqdm import tqdm
+
+if not torch.accelerator.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")              # named, so that DeepSpeed does not search and warn
+
+import deepspeed
+import deepspeed.comm as dist
+import deepspeed.ops
+from deepspeed.accelerator import get_accelerator
+from deepspeed.utils import logger, safe_get_full_fp32_param
+
+import shapes
+from data import SOURCES, Conversations, collate, read, split
+from llama import Tokenizer
+from mmca import ATTENTION, PAD
+from visualchat import IGNORE, REPOSITORIES, ModelConfig, VisualChat, build, save, towers, whole_answers
+
+
+def option(default, help: str, choices=None):
+    return field(default=default, metadata={"help": help, "choices": choices})
+
+
+@dataclass(frozen=True)
+class Options:
+    """Everything that the command line sets; what is empty or 0 here is filled in by `for_size`."""
+    # What is trained?
+    size: str = option("tiny", "size of the language model", list(REPOSITORIES))
+    attention: str = option("mmca", "who may look at whom", list(ATTENTION))
+    llama: str = option("", "folder of the LLaMA-2 weights; looked for if not given")
+    vit: str = option("", "folder of the QWen-VL weights; looked for if not given")
+    # On what?
+    data: str = option("", "data folder")
+    datasets: tuple[str, ...] = option(("llava", "llava_dial"), "which of its datasets", list(SOURCES))
+    seed: int = option(0, "of the validation split, the order and the projection's first values")
+    # How?
+    epochs: int = option(0, "passes over the data")
+    batch: int = option(0, "conversations per step, over all ranks")
+    micro_batch: int = option(0, "conversations per rank at a time")
+    lr: float = option(1e-3, "peak learning rate, reached after 10 percent of the steps; then a cosine to zero")
+    workers: int = option(2, "processes per rank that open pictures")
+    # Where?
+    zero: int = option(3, "ZeRO stage: what the ranks share out among them", [0, 1, 2, 3])
+    precision: str = option("", "fp16, bf16 or fp32; default fp16 on a GPU, fp32 on a CPU", ["", "fp16", "bf16", "fp32"])
+    out: str = option("", "folder for the result; default out/<size>")
+    local_rank: int = option(0, "set by the launcher")
+
+
+def for_size(options: Options) -> Options:
+    """Options with their empty ones filled in; paper, section 5: batch 128."""
+    usual = (dict(data="data/tiny", epochs=2, batch=16, micro_batch=16) if options.size == "tiny" else
+             dict(data="data", epochs=5, batch=128, micro_batch=4))
+    usual |= dict(out=f"out/{options.size}", precision="fp16" if torch.accelerator.is_available() else "fp32")
+    return replace(options, **{name: value for name, value in usual.items() if not getattr(options, name)})
+
+
+def command_line() -> Options:
+    """Options from the command line, a flag for each field."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for f in fields(Options):
+        many = isinstance(f.default, tuple)
+        parser.add_argument(f"--{f.name.replace('_', '-')}", f"--{f.name}", help=f.metadata["help"], default=f.default,
+                            choices=f.metadata["choices"], nargs="+" if many else None, metavar=None if f.metadata["choices"] else "",
+                            type=str if many else type(f.default))
+    return for_size(Options(**vars(parser.parse_args())))
+
+
+# ---- DeepSpeed ----
+
+def start():
+    """Join the other ranks, with `deepspeed`, torchrun or plain python as launcher."""
+    for name, value in dict(RANK=0, LOCAL_RANK=0, WORLD_SIZE=1, MASTER_ADDR="127.0.0.1", MASTER_PORT=29500).items():
+        os.environ.setdefault(name, str(value))                 # without them DeepSpeed would look for MPI
+    logger.setLevel("WARNING")
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False     # would be compiled at the first start on a CPU
+    deepspeed.init_distributed(verbose=False)
+    if get_accelerator().device_name() == "cpu":
+        ranks = int(os.environ.get("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", 1)))
+        torch.set_num_threads(max(1, os.cpu_count() // ranks))  # more threads than cores make ranks wait for each other
+
+
+def check_precision(precision: str):
+    """Raises ValueError where the machine cannot compute in this precision."""
+    if precision == "fp16" and not get_accelerator().is_fp16_supported():
+        raise ValueError("fp16 needs a GPU, or a CPU with AVX512-FP16, which this one lacks: "
+                         "take --precision fp32, or bf16 for half the memory")
+
+
+def deepspeed_config(options: Options) -> dict:
+    """DeepSpeed's settings; raises ValueError where micro-batches do not make up the batch."""
+    at_once = options.micro_batch * dist.get_world_size()
+    if options.batch % at_once:
+        raise ValueError(f"--batch {options.batch} is no multiple of --micro-batch {options.micro_batch} × "
+                         f"{dist.get_world_size()} ranks")
+    return {
+        "train_micro_batch_size_per_gpu": options.micro_batch,
+        "gradient_accumulation_steps": options.batch // at_once,
+        "gradient_clipping": 1.0,
+        "zero_optimization": {"stage": options.zero},
+        "fp16": {"enabled": options.precision == "fp16"},       # with a dynamic loss scale
+        "bf16": {"enabled": options.precision == "bf16"},
+        "steps_per_print": 10 ** 9,                             # the progress bar says it
+    }
+
+
+def learning_rate(step: int, steps: int) -> float:
+    """Share of the peak at a step: up in a straight line over a tenth of the steps, then down a cosine to zero."""
+    warm_up = max(1, steps // 10)
+    if step < warm_up:
+        return (step + 1) / warm_up
+    return 0.5 * (1 + math.cos(math.pi * (step - warm_up) / max(1, steps - warm_up)))
+
+
+def engine_for(model: VisualChat, options: Options, steps: int):
+    """The model in DeepSpeed's hands, with the paper's AdamW over what is trainable."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], options.lr, betas=(0.0, 0.95),
+                                  weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate(step, steps))
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=schedule,
+                                      config=deepspeed_config(options))
+    return engine
+
+
+def trained(engine) -> dict[str, Tensor]:
+    """What was trained, whole and in float32, by name. All ranks must ask together."""
+    found = {}
+    for name, p in engine.module.named_parameters():
+        if p.requires_grad:
+            whole = safe_get_full_fp32_param(p)
+            found[name] = (p if whole is None else whole).detach().float().cpu()    # stage 0 in fp32 keeps no copy
+    return found
+
+
+# ---- the loop ----
+
+def on_device(batch: dict[str, Tensor], engine) -> dict[str, Tensor]:
+    return {name: tensor.to(engine.device, non_blocking=True) for name, tensor in batch.items()}
+
+
+def train_step(engine, batches: Iterator[dict[str, Tensor]]) -> tuple[float, int]:
+    """One optimizer step on the next batches; returns the loss per answer token and the positions read, on all ranks.
+
+    Every answer token of the step weighs the same, wherever it lies; the mean over ranks and micro-batches that
+    DeepSpeed takes would let a token of a short answer weigh more. So each micro-batch counts by its tokens.
+    """
+    accumulation = engine.gradient_accumulation_steps()
+    group = [on_device(next(batches), engine) for _ in range(accumulation)]
+    counts = [(batch["labels"] != IGNORE).sum() for batch in group]
+    total = torch.stack([sum(counts), sum((batch["kind"] != PAD).sum() for batch in group)])
+    dist.all_reduce(total)
+    mean = torch.zeros((), device=engine.device)
+    for batch, count in zip(group, counts):
+        loss = engine(**batch) * count / total[0].clamp(min=1)
+        mean += loss.detach()
+        engine.backward(loss * dist.get_world_size() * accumulation)
+        engine.step()
+    dist.all_reduce(mean)
+    return mean.item(), int(total[1])
+
+
+@torch.no_grad()
+def evaluate(engine, batches: DataLoader) -> tuple[float, float]:
+    """Loss per answer token, and the share of answers that greedy decoding gives word for word, on all ranks."""
+    engine.eval()
+    sums = torch.zeros(4, device=engine.device)
+    for batch in batches:
+        batch = on_device(batch, engine)
+        loss, right = engine.module.score(**batch)
+        whole = whole_answers(batch["labels"], right)
+        sums += torch.stack([loss.sum(), sums.new_tensor(len(loss)), whole.sum(), sums.new_tensor(len(whole))])
+    dist.all_reduce(sums)
+    engine.train()
+    return (sums[0] / sums[1]).item(), (sums[2] / sums[3]).item()
+
+
+# ---- what can be looked at ----
+
+def draw_curve(rows: list[dict], path: Path, width: int = 900, height: int = 500):
+    """The loss over the steps as a picture: training in blue, validation as orange dots."""
+    losses = [(row["step"], row["loss"]) for row in rows]
+    checks = [(row["step"], row["val_loss"]) for row in rows if row["val_loss"] != ""]
+    top, last, left, below = max(loss for _, loss in losses + checks), losses[-1][0], 70, height - 50
+    picture = Image.new("RGB", (width, height), "white")
+    pen = ImageDraw.Draw(picture)
+
+    def place(step, loss):
+        return left + step / last * (width - left - 30), below - loss / top * (below - 30)
+
+    for i in range(5):
+        y = place(0, top * i / 4)[1]
+        pen.line((left, y, width - 30, y), "#DDDDDD")
+        pen.text((left - 8, y), f"{top * i / 4:.2f}", "black", anchor="rm", font_size=14)
+        pen.text((place(last * i / 4, 0)[0], below + 10), f"{last * i // 4}", "black", anchor="mt", font_size=14)
+    pen.text((width / 2, height - 8), "step", "black", anchor="mb", font_size=14)
+    pen.line([place(*point) for point in losses], "#4C72B0", width=2)
+    for point in checks:
+        x, y = place(*point)
+        pen.ellipse((x - 5, y - 5, x + 5, y + 5), "#DD8452")
+    pen.text((width - 40, 12), "loss per answer token: training (line), validation (dots)", "black", anchor="rt", font_size=14)
+    picture.save(path)
+
+
+def write_log(rows: list[dict], out: Path):
+    """log.csv and loss.png, whole each time: a kill in between costs at most one drawing."""
+    with open(out / "log.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0].keys())
+        writer.writeheader()
+        writer.writerows(rows)
+    draw_curve(rows, out / "loss.png")
+
+
+# ---- the whole ----
+
+def loaders(options: Options, tokenizer: Tokenizer, model: VisualChat) -> tuple[DataLoader, DataLoader]:
+    """Batches of this rank for training and for validation; raises ValueError where the data does not fill one."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    train, held_out = (Conversations(part, tokenizer, model.vit.config)
+                       for part in split(read(Path(options.data), options.datasets), options.seed))
+    if len(train) < options.batch or len(held_out) < ranks:
+        raise ValueError(f"{options.data} holds {len(train)} conversations for training and {len(held_out)} for "
+                         f"validation, too few for --batch {options.batch} on {ranks} ranks")
+    # Step k takes the same conversations on any number of ranks; a rest that fills no batch is left for another epoch.
+    sampler = DistributedSampler(train, ranks, rank, seed=options.seed, drop_last=True)
+    # Ranks must run the model equally often, so up to ranks - 1 of the held-out conversations are left out.
+    mine = Subset(held_out, range(rank, len(held_out) // ranks * ranks, ranks))
+    settings = dict(num_workers=options.workers, collate_fn=collate, persistent_workers=options.workers > 0)
+    return (DataLoader(train, options.micro_batch, sampler=sampler, drop_last=True, **settings),
+            DataLoader(mine, options.micro_batch, **settings))
+
+
+def run(options: Options):
+    """Train as the options say."""
+    check_precision(options.precision)
+    main_rank = dist.get_rank() == 0
+    if options.size == "tiny" and main_rank:
+        shapes.ensure(Path(options.data))
+    dist.barrier()
+    torch.manual_seed(options.seed)
+    config = ModelConfig(options.size, options.attention, options.llama, options.vit)
+    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[options.precision]
+    model = build(config, dtype)
+    summary = model.freeze()
+    batches, held_out = loaders(options, Tokenizer(towers(config)[0]), model)
+    steps_per_epoch = len(batches.sampler) * dist.get_world_size() // options.batch
+    engine = engine_for(model, options, steps := steps_per_epoch * options.epochs)
+    if main_rank:
+        print(f"{summary}; {options.attention}, ZeRO-{options.zero}, {options.precision}, {dist.get_world_size()} rank(s), "
+              f"{options.batch} conversations a step, {steps_per_epoch} steps an epoch, {options.epochs} epoch(s)")
+    rows, started, out = [], time.time(), Path(options.out)
+    bar = tqdm(total=steps, disable=not main_rank)
+    for epoch in range(options.epochs):
+        batches.sampler.set_epoch(epoch)
+        stream = iter(batches)
+        for _ in range(steps_per_epoch):
+            lr = engine.get_lr()[0]
+            loss, positions = train_step(engine, stream)
+            rows.append(dict(step=len(rows) + 1, epoch=epoch + 1, loss=loss, lr=lr, positions=positions,
+                             seconds=round(time.time() - started, 2), val_loss="", exact_match=""))
+            bar.update()
+            bar.set_postfix(loss=f"{loss:.3f}", lr=f"{lr:.1e}")
+        rows[-1]["val_loss"], rows[-1]["exact_match"] = evaluate(engine, held_out)
+        parts = trained(engine)
+        if main_rank:
+            bar.write(f"epoch {epoch + 1}: validation loss {rows[-1]['val_loss']:.4f}, "
+                      f"exact match {rows[-1]['exact_match']:.1%} of the answers in {len(held_out.dataset)} held-out conversations"
+                      + (" per rank" if dist.get_world_size() > 1 else ""))
+            save(out, parts, config)
+            write_log(rows, out)
+    bar.close()
+    if main_rank:
+        print(f"{out} holds trained.safetensors, config.json, log.csv and loss.png; talk to it with\n"
+              f"    python chat.py examples/a.png examples/b.png")
+
+
+def main():
+    options = command_line()
+    start()
+    try:
+        run(options)
+    except (FileNotFoundError, KeyError, ValueError) as error:
+        sys.exit(f"train.py: {error}")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
