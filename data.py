@@ -153,9 +153,9 @@ SOURCES: dict[str, Callable[[Path], list[list[Round]]]] = {
 
 
 def read(data: Path, datasets: list[str]) -> list[list[Round]]:
-    """All conversations of the named datasets, one after the other; raises KeyError that lists the known names."""
+    """All conversations of the named datasets, one after the other; raises ValueError that lists the known names."""
     if unknown := [name for name in datasets if name not in SOURCES]:
-        raise KeyError(f"no dataset {unknown[0]!r}; there are {', '.join(SOURCES)}")
+        raise ValueError(f"no dataset {unknown[0]!r}; there are {', '.join(SOURCES)}")
     return [rounds for name in datasets for rounds in SOURCES[name](data)]
 
 

@@ -11,6 +11,9 @@ import json
 import math
 import random
 import re
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -25,7 +28,7 @@ from data import MARK, SYSTEM, Encoded, Round, collate, encode
 from llama import Llama, LlamaConfig, Tokenizer
 from mmca import IMAGE, TEXT, causal, mmca
 from vit import PREFIX, VisionConfig, VisionTransformer, pixels
-from visualchat import IGNORE
+from visualchat import IGNORE, whole_answers
 
 SIZES, COLORS = ["small", "big"], ["red", "orange", "yellow", "green", "blue", "purple"]
 SHAPES, PLACES = ["circle", "square", "triangle", "star"], ["left", "right", "top", "bottom", "center"]
@@ -34,9 +37,10 @@ WIDTHS = [len(values) for values in ATTRIBUTES.values()]
 Scene = tuple[str, str, str, str]           # what a picture shows, an attribute each: ("big", "red", "star", "left")
 HELD_OUT = {("red", "star"), ("orange", "circle"), ("yellow", "square"),    # pairs that visual tuning never sees
             ("green", "triangle"), ("blue", "star"), ("purple", "circle")}
-WEIGHTS = Path("weights/tiny")
+WEIGHTS, DATA, N_DIALOGUES = Path("weights/tiny"), Path("data/tiny"), 4800
+STEPS = (1500, 1500)                        # of pre-training: ViT, LLaMA
 
-LLAMA = LlamaConfig(hidden_size=128, intermediate_size=336, num_hidden_layers=5, num_attention_heads=4,
+LLAMA = LlamaConfig(hidden_size=128, intermediate_size=336, num_hidden_layers=6, num_attention_heads=4,
                     num_key_value_heads=4, vocab_size=320, rope_theta=1000.0)
 VIT = VisionConfig(image_size=64, patch_size=8, width=96, layers=4, heads=4, mlp_width=384, output_dim=128, n_queries=4,
                    grid=8)
@@ -67,6 +71,15 @@ def draw(scene: Scene, rng: random.Random, side: int = 224) -> Image.Image:
 
 
 # ---- dialogues ----
+
+def anything(scene: Scene) -> bool:
+    return True
+
+
+def seen(scene: Scene) -> bool:
+    """Whether a scene may occur in visual tuning."""
+    return (scene[1], scene[2]) not in HELD_OUT
+
 
 def random_scene(rng: random.Random, before: list[Scene], allowed) -> Scene:
     """A scene; after another one it often differs from it in a single attribute, so that comparing is worth it."""
@@ -139,15 +152,14 @@ def question(scenes: list[Scene], rng: random.Random) -> tuple[str, str, str]:
 
 
 def dialogue(n_images: int, n_rounds: int, rng: random.Random, allowed) -> tuple[list[Scene], list[tuple]]:
-    """Scenes, and rounds of (scenes introduced, kind, question, answer); images come at rounds drawn at random."""
-    starts = sorted([0] + [rng.randrange(n_rounds // 2 + 1) for _ in range(n_images - 1)])
+    """Scenes, and rounds of (scenes introduced, kind, question, answer): half of the images come first, half later."""
+    starts = [0] + [rng.choice([0, rng.randrange(n_rounds // 2 + 1)]) for _ in range(n_images - 1)]
     scenes, rounds = [], []
     for i in range(n_rounds):
-        new = []
+        before = len(scenes)
         for _ in range(starts.count(i)):
-            new.append(random_scene(rng, scenes + new, allowed))
-        scenes = scenes + new
-        rounds.append((new, *question(scenes, rng)))
+            scenes.append(random_scene(rng, scenes, allowed))
+        rounds.append((scenes[before:], *question(scenes, rng)))
     return scenes, rounds
 
 
@@ -162,8 +174,8 @@ def kind_of(text: str) -> str:
 
 # ---- a data folder ----
 
-def seen(scene: Scene) -> bool:
-    return (scene[1], scene[2]) not in HELD_OUT
+def write_json(path: Path, content):
+    path.write_text(json.dumps(content, indent=1) + "\n")
 
 
 def unseen(scene: Scene) -> bool:
@@ -175,6 +187,7 @@ def write_world(folder: Path, n_dialogues: int, seed: int, allowed=seen, n_round
     rng = random.Random(seed)
     pictures = folder / "coco/train2017"
     pictures.mkdir(parents=True, exist_ok=True)
+    (folder / "llava").mkdir(exist_ok=True)
     files = {"detail_23k.json": [], "complex_reasoning_77k.json": [], "conversation_58k.json": []}
     for number in tqdm(range(n_dialogues), desc=f"drawing {folder}", leave=False):
         scenes, rounds = dialogue(1 + number % 3, n_rounds, rng, allowed)
@@ -187,9 +200,7 @@ def write_world(folder: Path, n_dialogues: int, seed: int, allowed=seen, n_round
         file = "conversation_58k.json" if len(names) > 1 else ("detail_23k.json", "complex_reasoning_77k.json")[number % 2]
         files[file].append({"id": f"{number:08d}", "image": names if len(names) > 1 else names[0], "conversations": turns})
     for name, records in files.items():
-        path = folder / "llava" / name
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(json.dumps(records, indent=1))
+        write_json(folder / "llava" / name, records)
 
 
 # ---- tokenizer ----
@@ -203,7 +214,7 @@ def train_tokenizer(folder: Path) -> Tokenizer:
     rng = random.Random(0)
     lines = [SYSTEM]
     for count in [1, 2, 3] * 2000:
-        _, asked, answer = question([random_scene(rng, [], lambda scene: True) for _ in range(count)], rng)
+        _, asked, answer = question([random_scene(rng, [], anything) for _ in range(count)], rng)
         lines.append(f"### Image {count}:\n### Question: {asked}\n### Answer: {answer}")
     lines += [value for values in ATTRIBUTES.values() for value in values]
     pieces = {piece for line in lines for piece in re.findall(r"▁?(?:[A-Za-z]+|\d|###|[^\w▁\s])", "▁" + line.replace(" ", "▁"))}
@@ -226,176 +237,203 @@ def targets(scenes: list[Scene]) -> Tensor:
 def drawn(n: int, seed: int) -> tuple[Tensor, Tensor]:
     """Pixels (n, 3, image_size, image_size) of random scenes and their attributes (n, 4)."""
     rng = random.Random(seed)
-    scenes = [random_scene(rng, [], lambda scene: True) for _ in range(n)]
-    return torch.stack([pixels(draw(scene, rng), VIT.image_size) for scene in tqdm(scenes, "drawing", leave=False)]), targets(scenes)
+    scenes = [random_scene(rng, [], anything) for _ in range(n)]
+    pictures = [pixels(draw(scene, rng), VIT.image_size) for scene in tqdm(scenes, "drawing", leave=False)]
+    return torch.stack(pictures), targets(scenes)
 
 
-def pretrain_vit(steps: int, batch: int = 64) -> VisionTransformer:
-    """A ViT whose token i linearly gives attribute i away; the linear heads are dropped. Prints what they read."""
-    vit, heads = VisionTransformer(VIT), nn.ModuleList(nn.Linear(VIT.output_dim, width) for width in WIDTHS)
-    images, wanted = drawn(8000, seed=1)
-    optimizer = torch.optim.AdamW([*vit.parameters(), *heads.parameters()], 2e-3, (0.9, 0.98), weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, steps, pct_start=0.1)
-    for step in (bar := tqdm(range(steps), "ViT")):
-        rows = torch.randint(len(images), (batch,))
-        loss = sum(F.cross_entropy(head(token), target) for head, token, target
-                   in zip(heads, vit(images[rows]).unbind(1), wanted[rows].unbind(1)))
+def fit(modules: list[nn.Module], loss_of: Callable[[int], Tensor], steps: int, lr: float, name: str):
+    """AdamW on all parameters of the modules: a short warm-up, then a straight line down to zero."""
+    parameters = [p for module in modules for p in module.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr, (0.9, 0.98), weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min((step + 1) / 50, (steps - step) / (0.6 * steps), 1))
+    for step in (bar := tqdm(range(steps), name)):
+        loss = loss_of(step)
         optimizer.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(vit.parameters(), 1.0)
+        nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         schedule.step()
-        if step % 50 == 49:
+        if step % 20 == 19:
             bar.set_postfix(loss=f"{loss.item():.4f}")
+
+
+def pretrain_vit(steps: int) -> VisionTransformer:
+    """A ViT whose token i linearly gives attribute i away; the linear heads are dropped. Prints what they read."""
+    vit, heads = VisionTransformer(VIT), nn.ModuleList(nn.Linear(VIT.output_dim, width) for width in WIDTHS)
+    images, wanted = drawn(20000, seed=1)
+
+    def loss_of(step: int) -> Tensor:
+        rows = torch.randint(len(images), (64,))
+        tokens = vit(images[rows]).unbind(1)                                # four of (64, output_dim)
+        return sum(F.cross_entropy(head(token), target) for head, token, target in zip(heads, tokens, wanted[rows].T))
+
+    fit([vit, heads], loss_of, steps, lr=1e-3, name="ViT")
     images, wanted = drawn(2000, seed=2)
     with torch.no_grad():
         tokens = torch.cat([vit(part) for part in images.split(100)]).unbind(1)
         right = torch.stack([head(token).argmax(-1) for head, token in zip(heads, tokens)], 1) == wanted
-    print("ViT, attributes read from fresh pictures:", "  ".join(
-        f"{name} {share:.4f}" for name, share in zip(ATTRIBUTES, right.float().mean(0).tolist())),
-        f" all four {right.all(1).float().mean():.4f}")
+    print("ViT, attributes read from 2000 fresh pictures:",
+          *(f"{name} {share:.4f}" for name, share in zip(ATTRIBUTES, right.float().mean(0).tolist())),
+          f"all four {right.all(1).float().mean():.4f}", sep="  ")
     return vit
 
 
 # ---- pre-training LLaMA: four words in random order stand where image tokens will stand ----
 
-class Dialogues:
-    """Batches of text-only dialogues, and where in them the auxiliary heads are asked what."""
-
-    def __init__(self, tokenizer: Tokenizer, seed: int):
-        self.tokenizer, self.rng = tokenizer, random.Random(seed)
-        piece = tokenizer.model.piece_to_id
-        self.image = piece("▁image")
-        self.digits = {piece(f"▁{i}"): i - 1 for i in (1, 2, 3)}
-        self.values = {piece(f"▁{value}"): value for values in ATTRIBUTES.values() for value in values}
-        self.ids = {value: id for id, value in self.values.items()}
-
-    def probes(self, encoded: Encoded, scenes: list[Scene]):
-        """Rows (head, position, target) for one dialogue.
-
-        register: the first token after an image tells its number and attributes; number: an image's number in a
-        question tells its attributes; pair: the second number tells which attributes the two images share; word: an
-        attribute in a question tells which of the images have it.
-        """
-        shown, numbers, numeric = 0, [], targets(scenes).tolist()
-        for p, (id, kind, label) in enumerate(zip(encoded.ids, encoded.kind, encoded.labels)):
-            if kind == TEXT and encoded.kind[p - 1] == IMAGE and p:
-                yield "register", p, [shown, *numeric[shown]]
-                shown += 1
-            if id == self.tokenizer.bos:
-                numbers = []
-            elif label == IGNORE and id in self.digits and encoded.ids[p - 1] == self.image:
-                numbers.append(numeric[self.digits[id]])
-                yield "number", p, numbers[-1]
-                if len(numbers) == 2:
-                    yield "pair", p, [float(a == b) for a, b in zip(*numbers)]
-            elif label == IGNORE and kind == TEXT and id in self.values:
-                yield "word", p, [float(i < shown and self.values[id] in scenes[i]) if i < len(scenes) else 0. for i in range(3)]
-
-    def batch(self, n: int, n_rounds: int, most_images: int):
-        """ids, kind, labels (n, S), each dialogue's probes, and each question's (row, kind, images shown)."""
-        rows, probes, asked = [], [], []
-        for row in range(n):
-            scenes, rounds = dialogue(self.rng.randint(1, most_images), n_rounds, self.rng, lambda scene: True)
-            encoded = encode([Round(tuple(new), q, a) for new, _, q, a in rounds], self.tokenizer, 4)
-            words = iter(self.ids[value] for scene in scenes for value in self.rng.sample(scene, 4))
-            probes += [(name, row, p, target) for name, p, target in self.probes(encoded, scenes)]
-            encoded.ids = [next(words) if kind == IMAGE else id for id, kind in zip(encoded.ids, encoded.kind)]
-            rows.append({name: torch.tensor(getattr(encoded, name)) for name in ("ids", "kind", "labels")})
-            shown = 0
-            for new, kind, _, _ in rounds:
-                shown += len(new)
-                asked.append((row, kind, shown))
-        return rows, probes, asked
+# Heads that make the tower bind and compare early on, and are dropped afterwards. Without them, questions about
+# several images stay at guessing for hundreds of steps. name: (after which layer they read, how many values they tell)
+HEADS = {"register": (1, [3, *WIDTHS]),     # first token after an image: its number and attributes
+         "number": (2, WIDTHS),             # an image's number in a question: its attributes
+         "pair": (3, [2] * 4),              # the second number in a question: which attributes the two images share
+         "word": (3, [2] * 3)}              # an attribute in a question: which images have it
 
 
-HEADS = {"register": (1, 3 + sum(WIDTHS)), "number": (2, sum(WIDTHS)), "pair": (3, 4), "word": (3, 3)}   # layer, width
+def probes(encoded: Encoded, scenes: list[Scene], tokenizer: Tokenizer) -> Iterator[tuple[str, int, list[int]]]:
+    """Where in a dialogue which head is asked, and what it should tell."""
+    pieces, numeric, shown, pair = [tokenizer.model.id_to_piece(id) for id in encoded.ids], targets(scenes).tolist(), 0, []
+    for i, (piece, kind, label) in enumerate(zip(pieces, encoded.kind, encoded.labels)):
+        word = piece.removeprefix("▁")
+        if kind == TEXT and i and encoded.kind[i - 1] == IMAGE:
+            yield "register", i, [shown, *numeric[shown]]
+            shown += 1
+        if piece == "<s>":
+            pair = []
+        elif label == IGNORE and pieces[i - 1] == "▁image" and word.isdigit():
+            pair.append(numeric[int(word) - 1])
+            yield "number", i, pair[-1]
+            if len(pair) == 2:
+                yield "pair", i, [int(a == b) for a, b in zip(*pair)]
+        elif label == IGNORE and any(word in values for values in ATTRIBUTES.values()):
+            yield "word", i, [int(word in scene) for scene in scenes[:shown]] + [0] * (3 - shown)
 
 
-def auxiliary_loss(heads: nn.ModuleDict, states: list[Tensor], probes: list) -> Tensor:
-    """What the heads miss at their places; states: the output (B, S, C) of every layer."""
+def text_batch(rng: random.Random, tokenizer: Tokenizer, most_images: int, n: int, n_rounds: int):
+    """A batch (data.collate) of n dialogues with words for image tokens; its probes; (kind, images shown) per question."""
+    rows, asked, kinds = [], [], []
+    for row in range(n):
+        scenes, rounds = dialogue(min(most_images, rng.choice([1, 2, 3, 3])), n_rounds, rng, anything)
+        encoded = encode([Round(tuple(new), q, a) for new, _, q, a in rounds], tokenizer, len(ATTRIBUTES))
+        asked += [(name, row, place, wanted) for name, place, wanted in probes(encoded, scenes, tokenizer)]
+        words = iter(tokenizer.encode(value)[0] for scene in scenes for value in rng.sample(scene, len(scene)))
+        encoded.ids = [next(words) if kind == IMAGE else id for id, kind in zip(encoded.ids, encoded.kind)]
+        rows.append({name: torch.tensor(getattr(encoded, name)) for name in ("ids", "kind", "labels")}
+                    | {"images": torch.empty(0)})
+        shown = list(accumulate(len(new) for new, *_ in rounds))
+        kinds += [(kind, count) for (_, kind, *_), count in zip(rounds, shown)]
+    return collate(rows), asked, kinds
+
+
+def predict(llama: Llama, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Logits and right ids of the answer tokens."""
+    hidden, target = llama(llama.embed_tokens(batch["ids"]), batch["kind"])[:, :-1], batch["labels"][:, 1:]
+    return llama.lm_head(hidden[target != IGNORE]), target[target != IGNORE]
+
+
+def head_loss(heads: nn.ModuleDict, states: dict[int, Tensor], asked: list) -> Tensor:
+    """What the auxiliary heads miss, each kind of head with the same weight; states (B, S, C) after each layer."""
     total = 0
-    for name, (layer, _) in HEADS.items():
-        asked = [probe[1:] for probe in probes if probe[0] == name]
-        if not asked:
-            continue
-        rows, places, wanted = zip(*asked)
-        guess, wanted = heads[name](states[layer][list(rows), list(places)]), torch.tensor(wanted)
-        if name in ("pair", "word"):
-            total = total + F.binary_cross_entropy_with_logits(guess, wanted)
-        else:
-            widths = ([3] if name == "register" else []) + WIDTHS
-            total = total + sum(map(F.cross_entropy, guess.split(widths, 1), wanted.unbind(1))) / len(widths)
+    for name, (layer, widths) in HEADS.items():
+        if found := [(row, place, wanted) for head, row, place, wanted in asked if head == name]:
+            rows, places, wanted = map(list, zip(*found))
+            guesses = heads[name](states[layer][rows, places]).split(widths, dim=1)
+            total += sum(map(F.cross_entropy, guesses, torch.tensor(wanted).T)) / len(widths)
     return total
 
 
-def batch_of(rows):
-    return collate([{**row, "images": torch.empty(0, 3, 1, 1)} for row in rows])
+@torch.no_grad()
+def read_report(llama: Llama, tokenizer: Tokenizer, n: int):
+    """Print how often the tower answers n fresh written dialogues word for word, per kind of question."""
+    rng, table = random.Random(5), {}
+    for i in range(n // 50):
+        batch, _, kinds = text_batch(rng, tokenizer, 1 if i % 4 == 0 else 3, 50, n_rounds=6)
+        logits, target = predict(llama, batch)
+        for (kind, shown), right in zip(kinds, whole_answers(batch["labels"], logits.argmax(-1) == target).tolist()):
+            table.setdefault("one image" if shown == 1 else "several", {}).setdefault(kind, []).append(right)
+    for group, found in table.items():
+        every = [right for answers in found.values() for right in answers]
+        print(f"LLaMA, {len(every)} written questions, {group}: {sum(every) / len(every):.4f} right;",
+              *(f"{kind} {sum(answers) / len(answers):.3f}" for kind, answers in sorted(found.items())), sep="  ")
 
 
-def answers(llama, batch):
-    hidden = llama(llama.embed_tokens(batch["ids"]), batch["kind"])[:, :-1]
-    target = batch["labels"][:, 1:]
-    logits = llama.lm_head(hidden[target != IGNORE])
-    return logits, target
+def attend(llama: Llama, attention: Callable):
+    for layer in llama.layers:
+        layer.self_attn.attention = attention
 
 
-def read_score(llama, dialogues, n, n_rounds=6):
-    from collections import defaultdict
-    table = defaultdict(lambda: [0, 0])
-    with torch.no_grad():
-        for most in [1, 3]:
-          for _ in range(n // 50):
-            rows, _, asked = dialogues.batch(50, n_rounds, most)
-            batch = batch_of(rows)
-            logits, target = answers(llama, batch)
-            good = torch.ones_like(target, dtype=torch.bool)
-            good[target != IGNORE] = logits.argmax(-1) == target[target != IGNORE]
-            starts = (target != IGNORE) & (F.pad(target, (1, 0))[:, :-1] .eq(IGNORE) | (torch.arange(target.shape[1]) == 0))
-            number = (starts.flatten().cumsum(0) - 1)[(target != IGNORE).flatten()]
-            right = torch.ones(len(asked)).index_reduce(0, number, good[target != IGNORE].float(), "amin")
-            for (row, kind, shown), r in zip(asked, right.tolist()):
-                key = ("one" if shown == 1 else "several", kind)
-                table[key][0] += r; table[key][1] += 1
-    for g in ("one", "several"):
-        a = [(k[1], v) for k, v in sorted(table.items()) if k[0] == g]
-        tot = sum(v[0] for _, v in a) / sum(v[1] for _, v in a)
-        print(g, f"{tot:.3f}", "  ".join(f"{k} {v[0]/v[1]:.3f}({v[1]})" for k, v in a), flush=True)
+def pretrain_llama(tokenizer: Tokenizer, steps: int) -> Llama:
+    """A LLaMA that answers questions about written descriptions; half of the batches are MMCA, half causal."""
+    llama, rng, states = Llama(LLAMA), random.Random(3), {}
+    for parameter in llama.parameters():
+        if parameter.ndim == 2:
+            nn.init.normal_(parameter, std=0.5 * parameter.shape[1] ** -0.5)
+    heads = nn.ModuleDict({name: nn.Linear(LLAMA.hidden_size, sum(widths)) for name, (_, widths) in HEADS.items()})
+    hooks = [layer.register_forward_hook(lambda module, args, output, i=i: states.update({i: output}))
+             for i, layer in enumerate(llama.layers)]
 
+    def loss_of(step: int) -> Tensor:
+        attend(llama, rng.choice([mmca, causal]))
+        batch, asked, _ = text_batch(rng, tokenizer, 1 if step < 100 else 3, n=32, n_rounds=8)
+        return F.cross_entropy(*predict(llama, batch)) + head_loss(heads, states, asked)
 
-def pretrain_llama(tokenizer, steps, batch=32, lr=2e-3, every=100, n_rounds=8):
-    from dataclasses import replace
-    import time
-    llama = Llama(replace(LLAMA, vocab_size=tokenizer.model.vocab_size()))
-    for p in llama.parameters():
-        if p.ndim == 2: nn.init.normal_(p, std=0.02 if p.shape[0] > 1000 else p.shape[1] ** -0.5 * 0.5)
-    nn.init.normal_(llama.embed_tokens.weight, std=0.1)
-    print(sum(p.numel() for p in llama.parameters()))
-    heads = nn.ModuleDict({name: nn.Linear(LLAMA.hidden_size, width) for name, (_, width) in HEADS.items()})
-    states = {}
-    for i, layer in enumerate(llama.layers):
-        layer.register_forward_hook(lambda module, args, out, i=i: states.__setitem__(i, out))
-    dialogues, fresh = Dialogues(tokenizer, 3), Dialogues(tokenizer, 4)
-    optimizer = torch.optim.AdamW([*llama.parameters(), *heads.parameters()], lr, (0.9, 0.98), weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: min((s + 1) / 50, 1, (steps - s) / (0.4 * steps)))
-    t0 = time.time(); mean = []
-    for step in range(steps):
-        most = 1 if step < 100 else 3
-        rows, probes, _ = dialogues.batch(batch, n_rounds, most)
-        attention = random.choice([mmca, causal])
-        for layer in llama.layers:
-            layer.self_attn.attention = attention
-        b = batch_of(rows)
-        logits, target = answers(llama, b)
-        loss = F.cross_entropy(logits, target[target != IGNORE])
-        aux = auxiliary_loss(heads, states, probes)
-        optimizer.zero_grad(); (loss + aux).backward()
-        nn.utils.clip_grad_norm_(llama.parameters(), 1.0)
-        optimizer.step(); schedule.step()
-        mean.append(loss.item())
-        if step % every == every - 1:
-            print(step + 1, f"{time.time()-t0:.0f}s loss {sum(mean[-50:])/len(mean[-50:]):.4f} aux {aux.item():.3f}", flush=True)
-            for a in (mmca,):
-                for layer in llama.layers: layer.self_attn.attention = a
-                read_score(llama, fresh, 100)
+    fit([llama, heads], loss_of, steps, lr=2e-3, name="LLaMA")
+    for hook in hooks:
+        hook.remove()
+    for attention in (mmca, causal):
+        attend(llama, attention)
+        print(attention.__name__, end=": ")
+        read_report(llama, tokenizer, 2000)
     return llama
+
+
+# ---- folders in the official formats ----
+
+def write_llama(llama: Llama, folder: Path):
+    """config.json and FP16 safetensors in two shards with their index, as LLaMA-2 is published."""
+    tensors = {name if name.startswith("lm_head") else f"model.{name}": t.half() for name, t in llama.state_dict().items()}
+    weight_map = {name: f"model-0000{1 + (i >= len(tensors) // 2)}-of-00002.safetensors" for i, name in enumerate(tensors)}
+    for file in set(weight_map.values()):
+        save_file({name: tensors[name] for name, where in weight_map.items() if where == file}, folder / file,
+                  metadata={"format": "pt"})
+    size = sum(t.numel() * t.element_size() for t in tensors.values())
+    write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": size}, "weight_map": weight_map})
+    write_json(folder / "config.json", {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
+                                        "bos_token_id": 1, "eos_token_id": 2, "tie_word_embeddings": False,
+                                        "torch_dtype": "float16", **asdict(llama.config)})
+
+
+def write_vit(vit: VisionTransformer, folder: Path):
+    """config.json with its `visual` section and FP16 safetensors under QWen-VL's names."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({PREFIX + name: t.half() for name, t in vit.state_dict().items()}, folder / "model.safetensors",
+              metadata={"format": "pt"})
+    sizes = {name: getattr(VIT, name) for name in ("image_size", "patch_size", "width", "layers", "heads", "output_dim")}
+    write_json(folder / "config.json", {"visual": {**sizes, "mlp_ratio": VIT.mlp_width / VIT.width}})
+
+
+def pretrain(folder: Path, vit_steps: int, llama_steps: int, seed: int = 0):
+    """Make weights/tiny: llama/ with its tokenizer, and vit/."""
+    random.seed(seed)
+    torch.manual_seed(seed)
+    tokenizer = train_tokenizer(folder / "llama")
+    write_vit(pretrain_vit(vit_steps), folder / "vit")
+    write_llama(pretrain_llama(tokenizer, llama_steps), folder / "llama")
+
+
+def ensure(data: Path):
+    """Draw the data folder if it is not there yet."""
+    if not (data / "llava/conversation_58k.json").exists():
+        write_world(data, N_DIALOGUES, seed=0)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pretrain", action="store_true", help="make weights/tiny anew")
+    if parser.parse_args().pretrain:
+        pretrain(WEIGHTS, *STEPS)
+    else:
+        write_world(DATA, N_DIALOGUES, seed=0)
+
+
+if __name__ == "__main__":
+    main()

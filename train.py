@@ -12,6 +12,7 @@ import math
 import os
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -22,6 +23,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler, Subset
 from tqdm import tqdm
 
+warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")   # of DeepSpeed's calls, not ours
 if not torch.accelerator.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")              # named, so that DeepSpeed does not search and warn
 
@@ -57,7 +59,7 @@ class Options:
     # How?
     epochs: int = option(0, "passes over the data")
     batch: int = option(0, "conversations per step, over all ranks")
-    micro_batch: int = option(0, "conversations per rank at a time")
+    micro_batch: int = option(0, "conversations per rank at a time; default up to 16 for the tiny size, else up to 4")
     lr: float = option(1e-3, "peak learning rate, reached after 10 percent of the steps; then a cosine to zero")
     workers: int = option(2, "processes per rank that open pictures")
     # Where?
@@ -69,8 +71,8 @@ class Options:
 
 def for_size(options: Options) -> Options:
     """Options with their empty ones filled in; paper, section 5: batch 128."""
-    usual = (dict(data="data/tiny", epochs=2, batch=16, micro_batch=16) if options.size == "tiny" else
-             dict(data="data", epochs=5, batch=128, micro_batch=4))
+    usual = (dict(data="data/tiny", epochs=2, batch=16) if options.size == "tiny" else
+             dict(data="data", epochs=5, batch=128))
     usual |= dict(out=f"out/{options.size}", precision="fp16" if torch.accelerator.is_available() else "fp32")
     return replace(options, **{name: value for name, value in usual.items() if not getattr(options, name)})
 
@@ -107,15 +109,22 @@ def check_precision(precision: str):
                          "take --precision fp32, or bf16 for half the memory")
 
 
+def micro_batch(options: Options) -> int:
+    """Conversations per rank at a time; raises ValueError where they do not make up the batch."""
+    ranks, most = dist.get_world_size(), 16 if options.size == "tiny" else 4
+    fitting = [n for n in range(1, options.batch // ranks + 1) if options.batch % (n * ranks) == 0]
+    wanted = options.micro_batch or max((n for n in fitting if n <= most), default=0)
+    if wanted not in fitting:
+        raise ValueError(f"--batch {options.batch} is no multiple of {ranks} ranks × {wanted or 1} conversations: "
+                         f"--micro-batch can be {', '.join(map(str, fitting)) or 'nothing, take another --batch'}")
+    return wanted
+
+
 def deepspeed_config(options: Options) -> dict:
-    """DeepSpeed's settings; raises ValueError where micro-batches do not make up the batch."""
-    at_once = options.micro_batch * dist.get_world_size()
-    if options.batch % at_once:
-        raise ValueError(f"--batch {options.batch} is no multiple of --micro-batch {options.micro_batch} × "
-                         f"{dist.get_world_size()} ranks")
+    """DeepSpeed's settings."""
     return {
         "train_micro_batch_size_per_gpu": options.micro_batch,
-        "gradient_accumulation_steps": options.batch // at_once,
+        "gradient_accumulation_steps": options.batch // (options.micro_batch * dist.get_world_size()),
         "gradient_clipping": 1.0,
         "zero_optimization": {"stage": options.zero},
         "fp16": {"enabled": options.precision == "fp16"},       # with a dynamic loss scale
@@ -252,6 +261,7 @@ def loaders(options: Options, tokenizer: Tokenizer, model: VisualChat) -> tuple[
 def run(options: Options):
     """Train as the options say."""
     check_precision(options.precision)
+    options = replace(options, micro_batch=micro_batch(options))
     main_rank = dist.get_rank() == 0
     if options.size == "tiny" and main_rank:
         shapes.ensure(Path(options.data))
@@ -277,14 +287,14 @@ def run(options: Options):
             loss, positions = train_step(engine, stream)
             rows.append(dict(step=len(rows) + 1, epoch=epoch + 1, loss=loss, lr=lr, positions=positions,
                              seconds=round(time.time() - started, 2), val_loss="", exact_match=""))
+            bar.set_postfix(loss=f"{loss:.3f}", lr=f"{lr:.1e}", refresh=False)
             bar.update()
-            bar.set_postfix(loss=f"{loss:.3f}", lr=f"{lr:.1e}")
         rows[-1]["val_loss"], rows[-1]["exact_match"] = evaluate(engine, held_out)
         parts = trained(engine)
         if main_rank:
             bar.write(f"epoch {epoch + 1}: validation loss {rows[-1]['val_loss']:.4f}, "
-                      f"exact match {rows[-1]['exact_match']:.1%} of the answers in {len(held_out.dataset)} held-out conversations"
-                      + (" per rank" if dist.get_world_size() > 1 else ""))
+                      f"exact match {rows[-1]['exact_match']:.1%} of the answers in "
+                      f"{len(held_out.dataset) * dist.get_world_size()} held-out conversations")
             save(out, parts, config)
             write_log(rows, out)
     bar.close()
@@ -298,7 +308,7 @@ def main():
     start()
     try:
         run(options)
-    except (FileNotFoundError, KeyError, ValueError) as error:
+    except (OSError, ValueError) as error:
         sys.exit(f"train.py: {error}")
     dist.barrier()
     dist.destroy_process_group()

@@ -158,9 +158,9 @@ def find(repository: str) -> Path:
 
 
 def towers(config: ModelConfig) -> tuple[Path, Path]:
-    """The folders of LLaMA and ViT; raises KeyError for an unknown size and FileNotFoundError as `find` does."""
+    """The folders of LLaMA and ViT; raises ValueError for an unknown size and FileNotFoundError as `find` does."""
     if config.size not in REPOSITORIES:
-        raise KeyError(f"no size {config.size!r}; there are {', '.join(REPOSITORIES)}")
+        raise ValueError(f"no size {config.size!r}; there are {', '.join(REPOSITORIES)}")
     llama, vit = REPOSITORIES[config.size]
     return Path(config.llama or find(llama)), Path(config.vit or find(vit))
 
@@ -168,7 +168,7 @@ def towers(config: ModelConfig) -> tuple[Path, Path]:
 def build(config: ModelConfig, dtype=torch.float32, device="cpu") -> VisualChat:
     """The model with its pre-trained towers and a fresh projection; raises as `towers` and the towers' loaders do."""
     if config.attention not in ATTENTION:
-        raise KeyError(f"no attention {config.attention!r}; there are {', '.join(ATTENTION)}")
+        raise ValueError(f"no attention {config.attention!r}; there are {', '.join(ATTENTION)}")
     llama, vit = towers(config)
     return VisualChat(VisionTransformer.from_pretrained(vit, dtype, device),
                       Llama.from_pretrained(llama, ATTENTION[config.attention], dtype, device))

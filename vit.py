@@ -39,14 +39,23 @@ class VisionConfig:
 # ---- a picture from a file ----
 
 def open_image(file) -> Image.Image:
-    """An RGB picture from a path or file that Pillow opens: upright (EXIF), transparency on white, first frame."""
-    with Image.open(file) as opened:
-        image = ImageOps.exif_transpose(opened)                             # a copy, of the first frame
+    """An RGB picture from a path or file that Pillow opens: upright (EXIF), transparency on white, first frame.
+
+    Raises FileNotFoundError for no file, ValueError that names it for one that is damaged, huge or no picture.
+    """
+    try:
+        with Image.open(file) as opened:
+            image = ImageOps.exif_transpose(opened)                         # a copy, of the first frame
+    except FileNotFoundError:
+        raise
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:   # what Pillow raises for bad files
+        raise ValueError(f"{file} is no readable picture: {error}") from error
     if image.mode.startswith("I") or image.mode == "F":                     # 16 or 32 bits: bring the range to 0..255
         values = np.asarray(image, dtype=np.float32)
         brightest = values.max(initial=0)
-        top = 65535 if image.mode.startswith("I;16") or brightest > 255 else 1 if image.mode == "F" and brightest <= 1 else 255
-        image = Image.fromarray((values / top * 255).clip(0, 255).astype(np.uint8))
+        unit = 1 if image.mode == "F" and brightest <= 1 else 255
+        values = values * (255 / (65535 if image.mode.startswith("I;16") or brightest > 255 else unit))
+        image = Image.fromarray(np.nan_to_num(values).clip(0, 255).astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

@@ -1,0 +1,69 @@
+"""What several test files share: a tiny random model in folders of the official formats, its tokenizer, pictures."""
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from sentencepiece import SentencePieceTrainer
+
+from data import SYSTEM
+from llama import Llama, LlamaConfig, Tokenizer
+from visualchat import ModelConfig, build
+from vit import PREFIX, VisionConfig, VisionTransformer
+
+VIT = VisionConfig(image_size=16, patch_size=8, width=16, layers=2, heads=2, mlp_width=32, output_dim=128, n_queries=4,
+                   grid=2)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread():
+    """Tiny tensors: on a busy machine threads would only wait for each other."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def config(tmp_path_factory) -> ModelConfig:
+    """Where the tiny towers lie. Their weights are large, so that every token and every picture matters."""
+    llama, vit = tmp_path_factory.mktemp("llama"), tmp_path_factory.mktemp("vit")
+    SentencePieceTrainer.train(
+        sentence_iterator=iter([f"{SYSTEM}\n### Image 1:\n### Question: What is it?\n### Answer: A cat."] * 20),
+        model_prefix=str(llama / "tokenizer"), vocab_size=340, model_type="bpe", byte_fallback=True,
+        hard_vocab_limit=False, character_coverage=1.0, unk_id=0, bos_id=1, eos_id=2, minloglevel=2,
+        normalization_rule_name="identity", remove_extra_whitespaces=False)
+    words = Tokenizer(llama).model.get_piece_size()
+    sizes = LlamaConfig(64, 96, 2, 4, 2, vocab_size=words, max_position_embeddings=512)
+    (llama / "config.json").write_text(json.dumps({"model_type": "llama"} | vars(sizes)))
+    visual = {name: vars(VIT)[name] for name in ("image_size", "patch_size", "width", "layers", "heads", "output_dim")}
+    (vit / "config.json").write_text(json.dumps({"visual": visual}))
+    torch.manual_seed(0)
+    for folder, tower, prefix in ((llama, Llama(sizes), "model."), (vit, VisionTransformer(VIT), PREFIX)):
+        weights = {name if name == "lm_head.weight" else prefix + name: torch.randn_like(t) * 0.2 if t.ndim > 1 else t
+                   for name, t in tower.state_dict().items()}
+        if "lm_head.weight" in weights:
+            weights["lm_head.weight"][2] *= 2                   # so that answers of the untrained model end now and then
+        save_file(weights, folder / "model.safetensors")
+    return ModelConfig(llama=str(llama), vit=str(vit))
+
+
+@pytest.fixture
+def model(config):
+    torch.manual_seed(0)
+    return build(config)
+
+
+@pytest.fixture(scope="session")
+def tokenizer(config) -> Tokenizer:
+    return Tokenizer(config.llama)
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory) -> list[Path]:
+    """Four files that look different."""
+    folder, random = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
+    files = [folder / f"{name}.png" for name in "abcd"]
+    for file in files:
+        Image.fromarray(random.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(file)
+    return files

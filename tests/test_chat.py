@@ -1,0 +1,237 @@
+"""Claims about chat.py: rounds with a cache, images on the way, streaming, what a line means, the program without deepspeed."""
+import ast
+import io
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+
+import chat as program
+from chat import Chat, newest, parse, talk
+from data import Round, encode_round, tensors
+from llama import Tokenizer
+from mmca import IMAGE
+from visualchat import TRAINED, save
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def chat(model, config):
+    """A conversation in which an ordinary token plays </s>, so that an untrained model comes to an end now and then."""
+    tokenizer = Tokenizer(config.llama)
+    return Chat(model, tokenizer)
+
+
+def state(chat):
+    return list(chat.ids), list(chat.kind), chat.n_images, chat.cached, {m: k.shape for m, (k, _) in chat.cache.items()}
+
+
+def ask(chat, files, *args, pieces=None):
+    """The answer's ids; pieces: how many to take before the answer is closed."""
+    before = len(chat.ids)
+    new = encode_round(Round(tuple(files), "?"), chat.n_images, not chat.ids, chat.tokenizer, 4)
+    answer = chat.ask("?", files, *args)
+    list(islice(answer, pieces))
+    answer.close()
+    assert chat.ids[before:before + len(new.ids)] == new.ids and chat.ids[-1] == chat.tokenizer.eos
+    return chat.ids[before + len(new.ids):-1]
+
+
+def from_scratch(chat, n_answer, files):
+    """The last answer's tokens again, from its whole history at once."""
+    start = len(chat.ids) - n_answer - 1
+    ids, kind = (torch.tensor([values[:start]]) for values in (chat.ids, chat.kind))
+    images = tensors(encode_round(Round(tuple(files), ""), 0, True, chat.tokenizer, 4), 16)["images"]
+    return [token.item() for token in islice(chat.model.generate(ids, kind, images), n_answer)]
+
+
+# ---- the cache ----
+
+def test_answers_equal_those_from_the_whole_history(chat, pictures):
+    files, said = [], []
+    for new, pieces, limit in (([0, 1], None, 5), ([], 3, 50), ([2], None, 7), ([], 1, 50), ([3, 0], None, 6)):
+        files += [pictures[i] for i in new]
+        answer = ask(chat, [pictures[i] for i in new], limit, pieces=pieces)
+        assert answer == from_scratch(chat, len(answer), files) and len(answer) == limit or pieces
+        said += answer
+    assert len(set(said)) > 8                                   # not one token over and over, whatever comes before
+
+
+def test_an_answer_that_ends_by_itself_goes_on_as_from_scratch(chat, pictures):
+    whole = ask(Chat(chat.model, chat.tokenizer), pictures[:1], 20)
+    end = next(token for i, token in enumerate(whole) if i > 3 and token not in whole[:i])
+    chat.tokenizer.eos = end                                    # an ordinary token plays </s>, and the model says it
+    assert ask(chat, pictures[:1], 20) == whole[:whole.index(end)]
+    answer = ask(chat, pictures[1:2], 5)
+    assert answer == from_scratch(chat, len(answer), pictures[:2])
+
+
+def test_the_cache_holds_what_a_full_forward_pass_gives(chat, pictures):
+    ask(chat, pictures[:2], 5)
+    ask(chat, pictures[2:3], 50, pieces=4)
+    images = torch.cat([tensors(encode_round(Round(tuple(pictures[:3]), ""), 0, True, chat.tokenizer, 4), 16)["images"]])
+    ids, kind, whole = torch.tensor([chat.ids]), torch.tensor([chat.kind]), {}
+    with torch.no_grad():
+        chat.model.llama(chat.model.splice(ids, kind, images), kind, whole)
+    assert whole.keys() == chat.cache.keys()
+    for layer, pair in chat.cache.items():
+        for ours, full in zip(pair, whole[layer]):
+            torch.testing.assert_close(ours, full[:, :, :chat.cached], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("forward", [0, 4], ids=["reading the question", "answering"])
+def test_ctrl_c_in_the_middle_of_a_forward_pass_leaves_a_sound_conversation(chat, pictures, forward):
+    ask(chat, pictures[:1], 5)
+    seen = []
+
+    def interrupt(*_):
+        seen.append(1)
+        if len(seen) == forward + 1:
+            raise KeyboardInterrupt
+
+    hook = chat.model.llama.layers[1].register_forward_pre_hook(interrupt)     # the first layer has cached already
+    with pytest.raises(KeyboardInterrupt):
+        ask(chat, pictures[1:2], 50)
+    hook.remove()
+    files = pictures[:chat.n_images] + pictures[3:]
+    answer = ask(chat, pictures[3:], 5)
+    assert len(answer) == 5 and answer == from_scratch(chat, 5, files)
+
+
+# ---- images and limits ----
+
+def test_a_later_image_gets_the_next_number(chat, pictures):
+    for files in (pictures[:2], [], pictures[2:3]):
+        ask(chat, files, 3)
+    text = "".join(map(chat.tokenizer.model.id_to_piece, chat.ids)).replace("▁", " ")
+    assert [text.count(f"### Image {i}:") for i in (1, 2, 3, 4)] == [1, 1, 1, 0] and chat.n_images == 3
+
+
+@pytest.mark.parametrize("content", [None, b"", b"no picture at all"], ids=["absent", "empty", "text"])
+def test_an_unreadable_picture_leaves_the_conversation_as_it_was(chat, pictures, tmp_path, content):
+    bad = tmp_path / "bad.png"
+    if content is not None:
+        bad.write_bytes(content)
+    ask(chat, pictures[:1], 3)
+    before = state(chat)
+    with pytest.raises((OSError, ValueError), match="bad.png"):
+        list(chat.ask("?", [pictures[1], bad]))
+    assert state(chat) == before
+    assert len(ask(chat, pictures[1:2], 3)) == 3
+
+
+def test_a_full_context_is_refused_and_leaves_the_conversation_as_it_was(chat, pictures):
+    ask(chat, pictures[:1], 3)
+    said, new = len(chat.ids), len(encode_round(Round((), "?"), 1, False, chat.tokenizer, 4).ids)
+    chat.model.llama.config = replace(chat.model.llama.config, max_position_embeddings=said + new)
+    before = state(chat)
+    with pytest.raises(ValueError, match=f"{said} positions said and {new} to ask do not fit into {said + new}"):
+        list(chat.ask("?"))
+    assert state(chat) == before
+    chat.model.llama.config = replace(chat.model.llama.config, max_position_embeddings=said + new + 1)
+    assert len(ask(chat, [])) == 1
+
+
+# ---- streaming ----
+
+@pytest.mark.parametrize("text", ["A cat.", "é 猫 🐈 x", "🐈🐈", "  two\n", ""])
+def test_pieces_join_to_the_answer_and_hold_whole_characters(chat, text):
+    ids = [*chat.tokenizer.encode(text), chat.tokenizer.eos]
+    chat.model.generate = lambda *_: (torch.tensor([i]) for i in ids)          # a character takes up to four tokens
+    pieces = list(chat.ask("?"))
+    assert "".join(pieces) == text and len(pieces) <= max(len(text), 1)
+    assert chat.ids[-len(ids):] == ids
+
+
+def test_an_answer_cut_within_a_character_shows_all_that_was_decoded(chat):
+    ids = chat.tokenizer.encode("A 🐈")[:-1]
+    chat.model.generate = lambda *_: (torch.tensor([i]) for i in ids)
+    assert "".join(chat.ask("?")) == chat.tokenizer.decode(ids)
+
+
+# ---- a line ----
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    for name in ("a.png", "b.JPG", "my cat.png"):
+        (tmp_path / name).touch()
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.parametrize("line, files, question", [
+    ("What's this?", [], "What's this?"),
+    ("What is a.png and b.JPG ?", ["a.png", "b.JPG"], "What is and ?"),
+    ('"my cat.png" isn\'t it a cat?', ["my cat.png"], "isn't it a cat?"),
+    ('What does "no entry" mean?', [], 'What does "no entry" mean?'),
+    ("Is it 3.5 m, i.e. big? Don't know.", [], "Is it 3.5 m, i.e. big? Don't know."),
+    ("a.png", ["a.png"], "")])
+def test_a_line_is_pictures_and_a_question(here, line, files, question):
+    assert parse(line) == ([Path(file) for file in files], question)
+
+
+@pytest.mark.parametrize("line", ["What is c.png ?", '"c d.jpg"', "sub/c.PNG"])
+def test_a_named_picture_that_is_absent_is_an_error(here, line):
+    with pytest.raises(FileNotFoundError, match="no picture .*(c.png|c d.jpg|c.PNG)"):
+        parse(line)
+
+
+def test_the_newest_result_is_taken(tmp_path):
+    with pytest.raises(FileNotFoundError, match="train first"):
+        newest(tmp_path)
+    for name, time in (("a", 1e9), ("b", 3e9), ("c", 2e9)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / TRAINED).touch()
+        os.utime(tmp_path / name / TRAINED, (time, time))
+    assert newest(tmp_path) == tmp_path / "b"
+
+
+# ---- the program ----
+
+def test_a_bad_line_is_explained_and_the_conversation_goes_on(chat, pictures, tmp_path, monkeypatch, capsys):
+    generate = chat.model.generate
+    chat.model.generate = lambda *args: islice(generate(*args), 3)
+    (tmp_path / "bad.png").write_text("no picture")
+    a, b = pictures[:2]
+    lines = ["", "What is this?", f"And {tmp_path}/none.png ?", f"And {tmp_path}/bad.png ?", str(b), "And this?", "/new", "Hi?"]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines) + "\n"))
+    talked = []
+    monkeypatch.setattr(program, "Chat", lambda *args: talked.append(Chat(*args)) or talked[-1])
+    talk(chat, [a])
+    out = capsys.readouterr().out
+    assert f"no picture {tmp_path}/none.png" in out and "bad.png is no readable picture" in out and f"image 2: {b}" in out
+    assert chat.kind.count(IMAGE) == 8 and chat.ids.count(1) == 2
+    assert [new.ids.count(1) for new in talked] == [1] and talked[0].n_images == 0
+
+
+def test_the_program_answers_where_deepspeed_cannot_be_imported(model, config, pictures, tmp_path):
+    (tmp_path / "stub").mkdir()
+    (tmp_path / "stub/deepspeed.py").write_text("raise ImportError('no deepspeed here')")
+    model.llama.lm_head.weight.data
+    names = ("projection.weight", "projection.bias", "llama.embed_tokens.weight")
+    save(tmp_path / "out/run", {name: model.get_parameter(name) for name in names}, config)
+
+    def python(*args):
+        return subprocess.run([sys.executable, *args], cwd=tmp_path, capture_output=True, text=True, encoding="utf-8",
+                              env=os.environ | {"PYTHONPATH": str(tmp_path / "stub"), "PYTHONIOENCODING": "utf-8"})
+
+    assert "no deepspeed here" in python("-c", "import deepspeed").stderr
+    done = python(ROOT / "chat.py", pictures[0], "--question", "What is it?", "--question", f"And {pictures[1]} ?")
+    assert done.returncode == 0 and done.stderr == ""
+    for text in ("out/run: LLaMA-2 tiny, mmca", f"image 1: {pictures[0]}", "> What is it?", f"image 2: {pictures[1]}"):
+        assert text in done.stdout
+
+
+def test_only_train_imports_deepspeed():
+    importing = set()
+    for file in ROOT.glob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else \
+                [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            importing |= {file.name for name in names if name.split(".")[0] == "deepspeed"}
+    assert importing == {"train.py"}

@@ -1,0 +1,128 @@
+"""train.py: one result on any number of ranks and any ZeRO stage, the paper's schedule, files that others read."""
+import csv
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import shapes
+import train
+from visualchat import load
+
+ROOT = Path(__file__).parent.parent
+SCRIPT = str(ROOT / "train.py")
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> Path:
+    """A folder to train in: the shipped towers and 240 dialogues."""
+    folder = tmp_path_factory.mktemp("world")
+    (folder / "weights").symlink_to(ROOT / "weights")
+    shapes.write_world(folder / "data/tiny", 240, seed=1)
+    return folder
+
+
+def launch(world: Path, *command: str, path: str = "") -> str:
+    """Run a command in the folder, with only `path` to find programs on where that is given; returns what it printed."""
+    settings = {**os.environ, "PYTHONPATH": str(ROOT), "PATH": path or os.environ["PATH"]}
+    done = subprocess.run(command, cwd=world, env=settings, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def losses(world: Path, out: str, *options: str, ranks: int = 1) -> list[float]:
+    """The losses of an epoch of 13 steps."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    launch(world, *(launcher if ranks > 1 else [sys.executable]), SCRIPT, "--epochs", "1", "--workers", "0", "--out", out,
+           *options)
+    with open(world / out / "log.csv") as file:
+        return [float(row["loss"]) for row in csv.DictReader(file)]
+
+
+@pytest.fixture(scope="module")
+def reference(world) -> list[float]:
+    return losses(world, "out/reference")
+
+
+def test_two_ranks_under_zero_3_lose_what_one_rank_loses(world, reference):
+    two = losses(world, "out/two", ranks=2)
+    assert len(two) == len(reference) == 13
+    assert two == pytest.approx(reference, abs=1e-3)
+
+
+@pytest.mark.parametrize("options", [["--zero", "0"], ["--zero", "2"], ["--micro-batch", "4"]])
+def test_stage_and_accumulation_do_not_change_the_losses(world, reference, options):
+    assert losses(world, "out/other", *options) == pytest.approx(reference, abs=1e-3)
+
+
+def test_bf16_trains_to_nearly_the_same_losses(world, reference):
+    assert losses(world, "out/bf16", "--precision", "bf16") == pytest.approx(reference, rel=0.1)
+
+
+def test_the_loss_falls_and_the_result_can_be_loaded_and_looked_at(world, reference):
+    assert sum(reference[-3:]) < 0.7 * sum(reference[:3])
+    with open(world / "out/reference/log.csv") as file:
+        last = list(csv.DictReader(file))[-1]
+    assert 0 < float(last["val_loss"]) < reference[0] and 0 <= float(last["exact_match"]) <= 1
+    assert Image.open(world / "out/reference/loss.png").size == (900, 500)
+
+
+def test_only_what_is_trained_changes_and_is_saved(world, reference, monkeypatch):
+    monkeypatch.chdir(world)
+    model, config = load(Path("out/reference"))
+    fresh = train.build(config)
+    changed = {name for (name, a), b in zip(model.named_parameters(), fresh.parameters()) if not torch.equal(a, b)}
+    assert changed == {"projection.weight", "projection.bias", "llama.embed_tokens.weight"}
+
+
+def test_the_launcher_starts_without_compiler_ninja_or_mpi(world, tmp_path):
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    for name in ("python3", "deepspeed"):
+        found = shutil.which(name, path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+        (programs / name).write_text(f'#!/bin/sh\nexec "{sys.executable}" ' + (f'"{found}" ' if name == "deepspeed" else "") + '"$@"\n')
+        (programs / name).chmod(0o755)
+    (programs / "sh").symlink_to("/bin/sh")
+    printed = launch(world, str(programs / "deepspeed"), SCRIPT, "--epochs", "1", "--out", "out/bare", path=str(programs))
+    assert "exact match" in printed
+
+
+def test_absent_weights_are_asked_for_by_name(world):
+    done = subprocess.run([sys.executable, SCRIPT, "--size", "7b", "--llama", "", "--out", "out/7b"], cwd=world,
+                          env={**os.environ, "HF_HOME": str(world / "none")}, capture_output=True, text=True)
+    assert done.returncode != 0 and "Traceback" not in done.stderr
+    for part in ("weights/Llama-2-7b-hf", str(world / "none"), "hf download meta-llama/Llama-2-7b-hf"):
+        assert part in done.stderr
+
+
+def test_the_schedule_rises_for_a_tenth_and_falls_to_zero():
+    shares = [train.learning_rate(step, 200) for step in range(201)]
+    assert shares[0] == 1 / 20 and shares[19] == shares[20] == 1 and shares[200] == pytest.approx(0)
+    assert shares[:20] == sorted(shares[:20]) and shares[20:] == sorted(shares[20:], reverse=True)
+    assert shares[110] == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("ranks, batch, wanted, found", [(1, 16, 0, 16), (2, 16, 0, 8), (3, 48, 0, 16), (1, 40, 0, 10), (2, 16, 4, 4)])
+def test_micro_batches_make_up_the_batch(monkeypatch, ranks, batch, wanted, found):
+    monkeypatch.setattr(train.dist, "get_world_size", lambda: ranks)
+    options = train.for_size(train.Options(batch=batch, micro_batch=wanted))
+    assert train.micro_batch(options) == found
+    assert batch == found * ranks * train.deepspeed_config(replace(options, micro_batch=found))["gradient_accumulation_steps"]
+
+
+def test_a_batch_that_ranks_cannot_share_is_refused(monkeypatch):
+    monkeypatch.setattr(train.dist, "get_world_size", lambda: 3)
+    with pytest.raises(ValueError, match="another --batch"):
+        train.micro_batch(train.for_size(train.Options(batch=16)))
+
+
+def test_fp16_is_refused_where_the_machine_lacks_it(monkeypatch):
+    monkeypatch.setattr(train.get_accelerator(), "is_fp16_supported", lambda: False)
+    with pytest.raises(ValueError, match="AVX512-FP16.*--precision fp32, or bf16"):
+        train.check_precision("fp16")
