@@ -3,8 +3,8 @@
     python chat.py examples/a.png examples/b.png                          asks you, round after round
     python chat.py examples/a.png --question "Describe image 1."          answers and ends
 
-A picture can join at any round: write its file name into the question. A round costs only its own tokens, because the
-keys and values of all earlier ones are kept. Needs no deepspeed. Before: visualchat.py and data.py, train.py.
+A picture can join at any round: write its file name into the question. A round costs only its own tokens, because
+the keys and values of earlier ones are kept. Needs no deepspeed. Before: visualchat.py, data.py, train.py.
 """
 import argparse
 import re
@@ -25,50 +25,59 @@ HELP = "Ask about the images; name a picture's file to add it. /new starts over,
 
 
 class Chat:
-    """One conversation with a model; remembers the ids and kinds said so far, and the cache that covers most of them."""
+    """One conversation: the ids and kinds said so far, and the cache that covers all but the last few of them."""
 
     def __init__(self, model: VisualChat, tokenizer: Tokenizer):
         self.model, self.tokenizer = model, tokenizer
-        self.ids, self.kind, self.n_images, self.cache, self.cached = [], [], 0, {}, 0
+        self.ids, self.kind, self.n_images = [], [], 0
+        self.cache, self.cached = {}, 0                         # keys and values, and of how many positions
 
     def ask(self, question: str, files: list[Path] = (), max_new_tokens: int = 512) -> Iterator[str]:
         """Introduce the pictures, ask, and yield the answer piece by piece.
 
-        Raises OSError for a picture that cannot be read and ValueError where the context is full; the conversation is
-        then as it was before.
+        Raises FileNotFoundError or ValueError for a picture that cannot be read, ValueError where the context is
+        full; the conversation is then as it was before.
         """
-        model, config = self.model, self.model.vit.config
-        new = encode_round(Round(tuple(files), question), self.n_images, not self.ids, self.tokenizer, config.n_queries)
+        model, vision, device = self.model, self.model.vit.config, self.model.projection.weight.device
+        turn = Round(tuple(files), question)
+        new = encode_round(turn, self.n_images, not self.ids, self.tokenizer, vision.n_queries)
         limit = model.llama.config.max_position_embeddings
         if len(self.ids) + len(new.ids) >= limit:
-            raise ValueError(f"{len(self.ids)} positions said and {len(new.ids)} to ask do not fit into {limit}: start over")
-        device = model.projection.weight.device
-        images = tensors(new, config.image_size)["images"].to(device)
-        self.ids, self.kind, self.n_images = self.ids + new.ids, self.kind + new.kind, self.n_images + len(files)
-        fed = torch.tensor([self.ids[self.cached:]], device=device)
-        answer, shown = [], ""
+            raise ValueError(f"{len(self.ids)} positions and {len(new.ids)} more exceed {limit}: start over")
+        images = tensors(new, vision.image_size)["images"].to(device)
+        said, kinds = self.ids + new.ids, self.kind + new.kind
+        ids, kind = torch.tensor([said[self.cached:]], device=device), torch.tensor([kinds], device=device)
+        read, answer, text, shown = False, [], "", ""
         try:
-            for token in model.generate(fed, torch.tensor([self.kind], device=device), images, max_new_tokens, self.cache):
+            for token in model.generate(ids, kind, images, max_new_tokens, self.cache):
+                read = True
                 if token.item() == self.tokenizer.eos:
                     break
                 answer.append(token.item())
                 text = self.tokenizer.decode(answer)
-                if not text.endswith("\ufffd"):                 # half a character: its other bytes are still to come
+                if not text.endswith("\ufffd"):                 # half a character: its other bytes come next
                     yield text[len(shown):]
                     shown = text
-        finally:                                                # also after Ctrl-C: the answer ends where it was stopped
-            self.ids += [*answer, self.tokenizer.eos]
-            self.kind += [TEXT] * (len(answer) + 1)
-            self.cached = next(iter(self.cache.values()))[0].shape[2] if self.cache else 0
-            # what the cache does not cover yet, the end of this answer, is fed with the next question
+            if text != shown:
+                yield text[len(shown):]
+        finally:                                                # after Ctrl-C, too: the answer ends where it is
+            if read:                                            # else the question was not heard, nothing is said
+                self.ids = [*said, *answer, self.tokenizer.eos]
+                self.kind = kinds + [TEXT] * (len(answer) + 1)
+                self.n_images += len(files)
+                self.cached = min((k.shape[2] for k, _ in self.cache.values()), default=0)
+            # After Ctrl-C the first layers may be a step ahead of the others. In any case the cache lacks the
+            # answer's end, which is fed with the next question.
+            self.cache = {layer: (k[:, :, :self.cached], v[:, :, :self.cached])
+                          for layer, (k, v) in self.cache.items()}
 
 
 def newest(folder: Path) -> Path:
-    """The training result under a folder that was written last; raises FileNotFoundError that says how to make one."""
+    """The newest training result under a folder; raises FileNotFoundError that says how to make one."""
     results = sorted(folder.glob(f"*/{TRAINED}"), key=lambda path: path.stat().st_mtime)
     if not results:
-        raise FileNotFoundError(f"no */{TRAINED} in {folder.absolute()}: train first, `deepspeed train.py --size tiny` "
-                                "takes minutes")
+        raise FileNotFoundError(f"no */{TRAINED} in {folder.absolute()}: train first, "
+                                "`deepspeed train.py --size tiny` takes minutes")
     return results[-1].parent
 
 
@@ -91,7 +100,7 @@ def parse(line: str) -> tuple[list[Path], str]:
 
 
 def show(files: list[Path], first: int) -> list[Path]:
-    """Print the pictures with the numbers they will have; raises OSError for a file that is no readable picture."""
+    """Print the pictures with the numbers they will have; raises as open_image does for what is no picture."""
     for i, file in enumerate(files, first):
         open_image(file)
         print(f"image {i}: {file}")

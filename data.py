@@ -1,11 +1,11 @@
 """From files to batches: a conversation is a list of rounds, a batch is ids, kind, labels and images.
 
-    <s>{system} ### Image 1: <image> ### Question: {question} ### Answer: {answer}</s><s> ### Image 2: <image> …</s>
-                             ·······                                      └ labels: here alone ┘
+    <s>{system} ### Image 1: <image> ### Question: {question} ### Answer: {answer}</s><s> ### Image 2: <image> …
+                             IMAGE…                                       └── labels ─┘
 
-One function, `encode_round`, makes this template (Figure 3 of the paper) for training and for chat. `<image>` becomes
-as many positions of kind IMAGE as the encoder gives tokens; they carry no token id. Images are numbered through the
-conversation. The template is plain text: the paper saw special tokens hurt (section 4.3).
+One function, encode_round, makes this template (Figure 3 of the paper) for training and for chat. `<image>` turns
+into as many positions of kind IMAGE as the encoder gives tokens, without token ids. Images are numbered through
+the conversation. The template is plain text: the paper saw special tokens hurt (section 4.3).
 Before: visualchat.py. Next file: shapes.py, a tiny world in these formats.
 """
 import random
@@ -31,7 +31,7 @@ NOTHING = 0                     # the id that stands in `ids` where no token is:
 
 @dataclass(frozen=True)
 class Round:
-    """One question and its answer; `images` are introduced before the question. In chat the answer is yet to come."""
+    """One question and its answer; `images` are shown before the question. In chat the answer is yet to come."""
     images: tuple[Path, ...]
     question: str
     answer: str | None = None
@@ -41,7 +41,7 @@ class Round:
 
 @dataclass
 class Encoded:
-    """Token ids, kinds and labels of the same length, and the files of the images that the IMAGE positions stand for."""
+    """Token ids, kinds and labels of equal length, and the files of the images that IMAGE positions stand for."""
     ids: list[int]
     kind: list[int]
     labels: list[int]
@@ -78,7 +78,7 @@ def encode_round(turn: Round, n_before: int, first: bool, tokenizer: Tokenizer, 
 
 
 def encode(rounds: list[Round], tokenizer: Tokenizer, n_tokens: int, limit: int = MAX_POSITIONS) -> Encoded:
-    """A whole conversation of at most `limit` positions: whole rounds at its end are left out, never half an answer.
+    """A conversation of at most `limit` positions: whole rounds at its end are left out, never half an answer.
 
     Raises ValueError where not even the first round fits.
     """
@@ -97,9 +97,9 @@ def encode(rounds: list[Round], tokenizer: Tokenizer, n_tokens: int, limit: int 
 # ---- the published datasets ----
 
 def inside(folder: Path, name: str) -> Path:
-    """folder/name; raises ValueError where the name, which comes from an annotation file, leads out of the folder."""
+    """folder/name; raises ValueError where the name, which an annotation file gives, leads out of the folder."""
     path = (folder / name).resolve()
-    if not path.is_relative_to(folder.resolve()):
+    if folder.resolve() not in path.parents:
         raise ValueError(f"image {name!r} lies outside {folder}")
     return path
 
@@ -153,7 +153,7 @@ SOURCES: dict[str, Callable[[Path], list[list[Round]]]] = {
 
 
 def read(data: Path, datasets: list[str]) -> list[list[Round]]:
-    """All conversations of the named datasets, one after the other; raises ValueError that lists the known names."""
+    """All conversations of the named datasets, one after the other; raises ValueError for an unknown name."""
     if unknown := [name for name in datasets if name not in SOURCES]:
         raise ValueError(f"no dataset {unknown[0]!r}; there are {', '.join(SOURCES)}")
     return [rounds for name in datasets for rounds in SOURCES[name](data)]
@@ -171,12 +171,12 @@ def split(conversations: list, seed: int, share: float = 0.1) -> tuple[list, lis
 def tensors(encoded: Encoded, image_size: int) -> dict[str, Tensor]:
     """ids, kind, labels (S) and images (N, 3, image_size, image_size), opened from their files."""
     images = [pixels(open_image(file), image_size) for file in encoded.images]
-    return {"ids": torch.tensor(encoded.ids), "kind": torch.tensor(encoded.kind), "labels": torch.tensor(encoded.labels),
+    return {**{name: torch.tensor(getattr(encoded, name)) for name in ("ids", "kind", "labels")},
             "images": torch.stack(images) if images else torch.empty(0, 3, image_size, image_size)}
 
 
 def collate(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """A batch: ids, kind, labels (B, S) padded to the longest row, and the images (N, 3, h, w) of all rows in order."""
+    """A batch: ids, kind, labels (B, S) padded to the longest row; images (N, 3, h, w) of all rows in order."""
     fill = {"ids": NOTHING, "kind": PAD, "labels": IGNORE}
     batch = {name: pad_sequence([row[name] for row in rows], batch_first=True, padding_value=value)
              for name, value in fill.items()}
@@ -184,14 +184,15 @@ def collate(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 
 class Conversations(Dataset):
-    """Conversations as rows for `collate`, encoded and with their pictures opened when asked for, in the workers."""
+    """Conversations as rows for `collate`; encoded, and their pictures opened, when asked for by a worker."""
 
-    def __init__(self, conversations: list[list[Round]], tokenizer: Tokenizer, vision: VisionConfig):
-        self.conversations, self.tokenizer, self.vision = conversations, tokenizer, vision
+    def __init__(self, conversations: list[list[Round]], tokenizer: Tokenizer, vision: VisionConfig,
+                 limit: int = MAX_POSITIONS):
+        self.conversations, self.tokenizer, self.vision, self.limit = conversations, tokenizer, vision, limit
 
     def __len__(self) -> int:
         return len(self.conversations)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        encoded = encode(self.conversations[index], self.tokenizer, self.vision.n_queries)
+        encoded = encode(self.conversations[index], self.tokenizer, self.vision.n_queries, self.limit)
         return tensors(encoded, self.vision.image_size)

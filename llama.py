@@ -1,4 +1,4 @@
-"""LLaMA-2 (arXiv 2307.09288): 7b, 13b and 70b, a dense decoder with RMSNorm, RoPE, grouped-query attention, SwiGLU.
+"""LLaMA-2 (arXiv 2307.09288), 7b, 13b and 70b: RMSNorm, RoPE, grouped-query attention, SwiGLU.
 
     x (B, T, C) ─┬─ input_layernorm ── self_attn ──┬─ + ─┬─ post_attention_layernorm ── mlp ──┬─ + ──► next layer
                  └─────────────────────────────────┘     └────────────────────────────────────┘
@@ -152,33 +152,33 @@ def shards(folder: Path, prefix: str) -> list[Path]:
             if outside := [name for name in names if Path(name).name != name or name in ("", "..")]:
                 raise ValueError(f"{index} names {outside[0]!r}, which is no file in its folder")
             if absent := sorted(name for name in names if not (folder / name).exists()):
-                raise FileNotFoundError(f"{folder} lacks {', '.join(absent)}, named by {index.name}: fetch them again")
+                raise FileNotFoundError(f"{folder} lacks {', '.join(absent)}, which its index names: fetch them")
             return [folder / name for name in sorted(names)]
         if (folder / single).exists():
             return [folder / single]
     found = ", ".join(sorted(path.name for path in folder.glob("*"))[:8]) or "nothing"
-    raise FileNotFoundError(f"{folder} holds no model.safetensors and no pytorch_model.bin, whole or with an index; "
-                            f"found: {found}")
+    raise FileNotFoundError(f"{folder} holds no model.safetensors and no pytorch_model.bin, whole or with an "
+                            f"index; found: {found}")
+
+
+def read_file(path: Path, prefix: str = "") -> dict[str, Tensor]:
+    """The tensors of a file whose name starts with `prefix`, memory-mapped: bytes are read when they are copied.
+
+    Raises ValueError where the file is damaged or holds more than tensors.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            with safe_open(path, "pt") as file:
+                return {name: file.get_tensor(name) for name in file.keys() if name.startswith(prefix)}
+        pickled = torch.load(path, map_location="cpu", weights_only=True, mmap=True)    # a pickle could run code
+        return {name: tensor for name, tensor in pickled.items() if name.startswith(prefix)}
+    except (SafetensorError, RuntimeError, pickle.UnpicklingError, AttributeError) as error:
+        raise ValueError(f"{path} is damaged or no file of tensors, get it anew: {type(error).__name__}") from error
 
 
 def read_tensors(folder: Path, prefix: str) -> dict[str, Tensor]:
-    """Everything in the folder whose name starts with `prefix`, memory-mapped: bytes are read when they are copied.
-
-    Raises FileNotFoundError as `shards` does, and ValueError where a file is damaged or more than tensors.
-    """
-    tensors = {}
-    for shard in shards(folder, prefix):
-        try:
-            if shard.suffix == ".safetensors":
-                with safe_open(shard, "pt") as file:
-                    tensors |= {name: file.get_tensor(name) for name in file.keys() if name.startswith(prefix)}
-            else:                                               # weights_only: another pickle could run any code
-                pickled = torch.load(shard, map_location="cpu", weights_only=True, mmap=True)
-                tensors |= {name: tensor for name, tensor in pickled.items() if name.startswith(prefix)}
-        except (SafetensorError, RuntimeError, pickle.UnpicklingError, AttributeError) as error:
-            raise ValueError(f"{shard} holds no named tensors or is damaged, fetch it again "
-                             f"({type(error).__name__})") from error
-    return tensors
+    """The tensors of a folder whose name starts with `prefix`; raises as `shards` and `read_file` do."""
+    return {name: tensor for shard in shards(folder, prefix) for name, tensor in read_file(shard, prefix).items()}
 
 
 def check(expected: dict[str, Tensor], found: dict[str, Tensor], source: Path):
@@ -230,7 +230,7 @@ class Llama(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: Path | str, attention: Callable = mmca, dtype=None, device="cpu") -> "Llama":
-        """A LLaMA-2 from an official `-hf` folder: config.json and safetensors (or pickled) shards with their index.
+        """A LLaMA-2 from an official `-hf` folder: config.json, safetensors (or pickled) shards with their index.
 
         Raises FileNotFoundError for absent files and ValueError for a model that is not a LLaMA-2 or does not fit.
         """
@@ -239,7 +239,7 @@ class Llama(nn.Module):
         with torch.device("meta"):                              # no memory and no time spent on initial values
             llama = cls(config, attention)
         tensors = {name.removeprefix("model."): tensor for name, tensor in read_tensors(folder, "").items()
-                   if not name.endswith("rotary_emb.inv_freq")}  # some official shards hold RoPE's own table
+                   if not name.endswith("rotary_emb.inv_freq")}     # some official shards hold RoPE's own table
         load_strictly(llama, tensors, folder, dtype, device)
         return llama
 
@@ -247,11 +247,12 @@ class Llama(nn.Module):
 def read_config(path: Path) -> LlamaConfig:
     """The sizes in a config.json; raises ValueError where it describes something that is not a LLaMA-2."""
     if not path.exists():
-        raise FileNotFoundError(f"no {path}: a LLaMA-2 folder has config.json, safetensors shards and tokenizer.model")
+        raise FileNotFoundError(f"no {path}: a LLaMA-2 folder has config.json, shards and tokenizer.model")
     found = read_json(path)
     found |= found.get("rope_parameters") or {}         # where transformers 5 writes rope_theta and rope_type
-    for name, only in (("model_type", "llama"), ("hidden_act", "silu"), ("rope_scaling", None), ("rope_type", "default"),
-                       ("tie_word_embeddings", False), ("attention_bias", False), ("mlp_bias", False)):
+    for name, only in (("model_type", "llama"), ("hidden_act", "silu"), ("rope_scaling", None),
+                       ("rope_type", "default"), ("tie_word_embeddings", False), ("attention_bias", False),
+                       ("mlp_bias", False)):
         if found.get(name, only) != only:
             raise ValueError(f"{path}: {name} is {found[name]!r}, a LLaMA-2 has {only!r}")
     found.setdefault("num_key_value_heads", found.get("num_attention_heads"))     # absent in old 7b and 13b files

@@ -26,7 +26,7 @@ def matrix(kind: Tensor, past: int = 0) -> Tensor:
     The queries are the last T = S - past positions. PAD neither looks nor is looked at.
     """
     place = torch.arange(kind.shape[1], device=kind.device)
-    earlier = place[past:, None] >= place                                       # (T, S), a position itself included
+    earlier = place[past:, None] >= place                                   # (T, S), a position itself included
     itself = place[past:, None] == place
     query, key = kind[:, past:, None], kind[:, None, :]
     m1 = (query == TEXT) & (key == TEXT) & earlier | (query == IMAGE) & itself
@@ -44,8 +44,8 @@ def masked_softmax(scores: Tensor, allowed: Tensor) -> Tensor:
 
 
 def scaled_scores(q: Tensor, k: Tensor) -> Tensor:
-    """QKᵀ / sqrt(D) as (B, H_kv, H/H_kv, T, S) float32: in grouped-query attention H/H_kv queries share a key head."""
-    q = q.unflatten(1, (k.shape[1], -1)).float()                                # (B, H_kv, H/H_kv, T, D)
+    """QKᵀ / sqrt(D) in float32, (B, H_kv, H/H_kv, T, S): in grouped-query attention H/H_kv heads share keys."""
+    q = q.unflatten(1, (k.shape[1], -1)).float()                            # (B, H_kv, H/H_kv, T, D)
     return q @ k[:, :, None].float().mT * q.shape[-1] ** -0.5
 
 
@@ -55,20 +55,20 @@ def mmca(q: Tensor, k: Tensor, v: Tensor, kind: Tensor, past: int = 0) -> Tensor
     q (B, H, T, D); k, v (B, H_kv, S, D), q and k after RoPE; kind (B, S); T = S - past, so that with a KV cache
     only the new positions are queries. Returns (B, H, T, D) in v's type; PAD rows are zero.
     """
-    m = matrix(kind, past)[:, None, None]                                       # one for all heads
+    m = matrix(kind, past)[:, None, None]                                   # one for all heads
     scores = scaled_scores(q, k)
     v = v[:, :, None].float()
     out = masked_softmax(scores, m == 1) @ v + masked_softmax(scores, m == 2) @ v
-    return out.flatten(1, 2).to(k.dtype)                                        # (B, H, T, D)
+    return out.flatten(1, 2).to(k.dtype)                                    # (B, H, T, D)
 
 
 def causal(q: Tensor, k: Tensor, v: Tensor, kind: Tensor, past: int = 0) -> Tensor:
-    """Ordinary causal attention, one softmax for image and text alike: the paper's baseline. Same shapes as mmca."""
+    """Causal attention, one softmax for image and text alike: the paper's baseline. Shapes as in `mmca`."""
     place = torch.arange(kind.shape[1], device=kind.device)
-    earlier = place[past:, None] >= place                                       # (T, S)
+    earlier = place[past:, None] >= place                                   # (T, S)
     allowed = earlier & (kind[:, past:, None] != PAD) & (kind[:, None, :] != PAD)
     out = masked_softmax(scaled_scores(q, k), allowed[:, None, None]) @ v[:, :, None].float()
-    return out.flatten(1, 2).to(k.dtype)                                        # (B, H, T, D)
+    return out.flatten(1, 2).to(k.dtype)                                    # (B, H, T, D)
 
 
 ATTENTION = {"mmca": mmca, "causal": causal}
@@ -83,7 +83,7 @@ def figure_4() -> Tensor:
 
 def show(m: Tensor, tokens: list[str], colour: bool) -> str:
     """M (S, S) as lines of text, a query per line; blue 1, orange 2 where colour is set."""
-    paint = {0: "{}", 1: "\033[44;97m{}\033[0m", 2: "\033[43;30m{}\033[0m"} if colour else dict.fromkeys(range(3), "{}")
+    paint = ["{}", "\033[44;97m{}\033[0m", "\033[43;30m{}\033[0m"] if colour else ["{}"] * 3
     width = max(map(len, tokens))
     return "\n".join(f"{token:>{width}}  " + "".join(paint[cell].format(f" {cell} ") for cell in row)
                      for token, row in zip(tokens, m.tolist()))
@@ -91,7 +91,7 @@ def show(m: Tensor, tokens: list[str], colour: bool) -> str:
 
 def draw(m: Tensor, tokens: list[str], path: str, cell: int = 48, margin: int = 120):
     """Write M (S, S) as a picture; raises ValueError for a file type that Pillow does not know."""
-    from PIL import Image, ImageDraw                                            # the attention itself needs torch alone
+    from PIL import Image, ImageDraw                                    # the attention itself needs torch alone
     colours = {0: "white", 1: "#4C72B0", 2: "#DD8452"}
     side = cell * len(tokens)
     picture = Image.new("RGB", (margin + side + 20, side + 20), "white")

@@ -3,7 +3,7 @@
 Every file has the format of the real thing, so `--size tiny` runs the very code of `--size 70b`. A picture shows one
 shape; a dialogue introduces one to three pictures over its rounds and asks about any of them.
 
-    python shapes.py              draws data/tiny, in seconds
+    python shapes.py              draws data/tiny and examples/, in seconds
     python shapes.py --pretrain   makes weights/tiny anew: tokenizer, ViT and LLaMA, in minutes
 """
 import argparse
@@ -13,7 +13,7 @@ import random
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
-from itertools import accumulate
+from itertools import accumulate, combinations
 from pathlib import Path
 
 import torch
@@ -33,11 +33,14 @@ from visualchat import IGNORE, whole_answers
 SIZES, COLORS = ["small", "big"], ["red", "orange", "yellow", "green", "blue", "purple"]
 SHAPES, PLACES = ["circle", "square", "triangle", "star"], ["left", "right", "top", "bottom", "center"]
 ATTRIBUTES = {"size": SIZES, "color": COLORS, "shape": SHAPES, "place": PLACES}
+COMPARING = ("any", "which", "same", "changed")
 WIDTHS = [len(values) for values in ATTRIBUTES.values()]
 Scene = tuple[str, str, str, str]           # what a picture shows, an attribute each: ("big", "red", "star", "left")
 HELD_OUT = {("red", "star"), ("orange", "circle"), ("yellow", "square"),    # pairs that visual tuning never sees
             ("green", "triangle"), ("blue", "star"), ("purple", "circle")}
-WEIGHTS, DATA, N_DIALOGUES = Path("weights/tiny"), Path("data/tiny"), 4800
+EXAMPLES = {"a.png": ("big", "red", "circle", "left"), "b.png": ("big", "blue", "circle", "left"),
+            "c.png": ("small", "yellow", "star", "top")}
+WEIGHTS, DATA, N_DIALOGUES = Path("weights/tiny"), Path("data/tiny"), 2400
 STEPS = (1500, 1500)                        # of pre-training: ViT, LLaMA
 
 LLAMA = LlamaConfig(hidden_size=128, intermediate_size=336, num_hidden_layers=6, num_attention_heads=4,
@@ -92,63 +95,38 @@ def random_scene(rng: random.Random, before: list[Scene], allowed) -> Scene:
             return scene
 
 
-def one_image(scenes: list[Scene], rng: random.Random) -> tuple[str, str, str]:
-    """(kind, question, answer) about one of the images shown so far."""
-    i = rng.randrange(len(scenes))
-    size, color, shape, place = scenes[i]
-    return rng.choice([("size", f"What size is image {i + 1}?", size),
-                       ("color", f"What color is image {i + 1}?", color),
-                       ("shape", f"What shape is image {i + 1}?", shape),
-                       ("place", f"Where is the shape in image {i + 1}?", place),
-                       ("describe", f"Describe image {i + 1}.", f"A {size} {color} {shape} at the {place}.")])
-
-
-def which(scenes: list[Scene], rng: random.Random) -> tuple[str, str, str] | None:
-    """Which of the images has a value that exactly one of them has."""
-    unique = [(i, value) for i, scene in enumerate(scenes) for value in scene
-              if sum(value in other for other in scenes) == 1]
-    if not unique:
-        return None
-    i, value = rng.choice(unique)
-    return "which", f"Which image is {value}?", f"image {i + 1}"
-
-
-def present(scenes: list[Scene], rng: random.Random) -> tuple[str, str, str]:
-    """Whether any of the images has a value; yes as often as no."""
-    values = rng.choice(list(ATTRIBUTES.values()))
-    shown = {value for scene in scenes for value in scene}
-    yes = rng.random() < .5
-    wanted = [value for value in values if (value in shown) == yes] or values
-    value = rng.choice(wanted)
-    return "any", f"Is any image {value}?", "yes" if value in shown else "no"
-
-
-def same(scenes: list[Scene], rng: random.Random) -> tuple[str, str, str]:
-    """Whether two images agree in an attribute; yes as often as no where the scenes allow it."""
-    pairs = [(i, j, a) for i in range(len(scenes)) for j in range(i + 1, len(scenes)) for a in range(4)]
-    yes = rng.random() < .5
-    wanted = [(i, j, a) for i, j, a in pairs if (scenes[i][a] == scenes[j][a]) == yes] or pairs
-    i, j, a = rng.choice(wanted)
-    return ("same", f"Do image {i + 1} and image {j + 1} have the same {list(ATTRIBUTES)[a]}?",
-            "yes" if scenes[i][a] == scenes[j][a] else "no")
-
-
-def changed(scenes: list[Scene], rng: random.Random) -> tuple[str, str, str] | None:
-    """What differs between two images that differ in exactly one attribute."""
-    pairs = [(i, j, [a for a in range(4) if scenes[i][a] != scenes[j][a]])
-             for i in range(len(scenes)) for j in range(i + 1, len(scenes))]
-    single = [pair for pair in pairs if len(pair[2]) == 1]
-    if not single:
-        return None
-    i, j, (a,) = rng.choice(single)
-    return "changed", f"What changed from image {i + 1} to image {j + 1}?", f"the {list(ATTRIBUTES)[a]}"
+def questions(scenes: list[Scene]) -> Iterator[tuple[str, str, str]]:
+    """Every (kind, question, answer) about the images shown so far; comparisons are for several images."""
+    for i, (size, color, shape, place) in enumerate(scenes, 1):
+        yield "size", f"What size is image {i}?", size
+        yield "color", f"What color is image {i}?", color
+        yield "shape", f"What shape is image {i}?", shape
+        yield "place", f"Where is the shape in image {i}?", place
+        yield "describe", f"Describe image {i}.", f"A {size} {color} {shape} at the {place}."
+    if len(scenes) == 1:
+        return
+    for value in (value for values in ATTRIBUTES.values() for value in values):
+        having = [i for i, scene in enumerate(scenes, 1) if value in scene]
+        yield "any", f"Is any image {value}?", "yes" if having else "no"
+        if len(having) == 1:
+            yield "which", f"Which image is {value}?", f"image {having[0]}"
+    for (i, one), (j, other) in combinations(enumerate(scenes, 1), 2):
+        differing = [name for name, a, b in zip(ATTRIBUTES, one, other) if a != b]
+        for name in ATTRIBUTES:
+            yield "same", f"Do image {i} and image {j} have the same {name}?", "no" if name in differing else "yes"
+        if len(differing) == 1:
+            yield "changed", f"What changed from image {i} to image {j}?", f"the {differing[0]}"
 
 
 def question(scenes: list[Scene], rng: random.Random) -> tuple[str, str, str]:
-    """(kind, question, answer) about the images shown so far; with several, three in five compare them."""
-    if len(scenes) == 1 or rng.random() < .4:
-        return one_image(scenes, rng)
-    return rng.choice([which, present, same, changed])(scenes, rng) or question(scenes, rng)
+    """One of `questions`: with several images three in five compare them; each answer to a kind is as likely."""
+    table = {}
+    for kind, asked, answer in questions(scenes):
+        table.setdefault(kind, {}).setdefault(answer, []).append(asked)
+    compare = len(scenes) > 1 and rng.random() < .6
+    kind = rng.choice([kind for kind in table if (kind in COMPARING) == compare])
+    answer = rng.choice(list(table[kind]))
+    return kind, rng.choice(table[kind][answer]), answer
 
 
 def dialogue(n_images: int, n_rounds: int, rng: random.Random, allowed) -> tuple[list[Scene], list[tuple]]:
@@ -286,7 +264,7 @@ def pretrain_vit(steps: int) -> VisionTransformer:
 HEADS = {"register": (1, [3, *WIDTHS]),     # first token after an image: its number and attributes
          "number": (2, WIDTHS),             # an image's number in a question: its attributes
          "pair": (3, [2] * 4),              # the second number in a question: which attributes the two images share
-         "word": (3, [2] * 3)}              # an attribute in a question: which images have it
+         "word": (3, [2] * 3)}              # an attribute in question or answer: which images have it
 
 
 def probes(encoded: Encoded, scenes: list[Scene], tokenizer: Tokenizer) -> Iterator[tuple[str, int, list[int]]]:
@@ -304,7 +282,7 @@ def probes(encoded: Encoded, scenes: list[Scene], tokenizer: Tokenizer) -> Itera
             yield "number", i, pair[-1]
             if len(pair) == 2:
                 yield "pair", i, [int(a == b) for a, b in zip(*pair)]
-        elif label == IGNORE and any(word in values for values in ATTRIBUTES.values()):
+        elif kind == TEXT and any(word in values for values in ATTRIBUTES.values()):
             yield "word", i, [int(word in scene) for scene in scenes[:shown]] + [0] * (3 - shown)
 
 
@@ -342,17 +320,22 @@ def head_loss(heads: nn.ModuleDict, states: dict[int, Tensor], asked: list) -> T
 
 
 @torch.no_grad()
-def read_report(llama: Llama, tokenizer: Tokenizer, n: int):
-    """Print how often the tower answers n fresh written dialogues word for word, per kind of question."""
-    rng, table = random.Random(5), {}
+def reading(llama: Llama, tokenizer: Tokenizer, n: int) -> dict[str, dict[str, list[bool]]]:
+    """Which questions about n fresh written dialogues are answered word for word, by images shown and by kind."""
+    rng, table = random.Random(5), {"one image": {}, "several": {}}
     for i in range(n // 50):
         batch, _, kinds = text_batch(rng, tokenizer, 1 if i % 4 == 0 else 3, 50, n_rounds=6)
         logits, target = predict(llama, batch)
         for (kind, shown), right in zip(kinds, whole_answers(batch["labels"], logits.argmax(-1) == target).tolist()):
-            table.setdefault("one image" if shown == 1 else "several", {}).setdefault(kind, []).append(right)
+            table["one image" if shown == 1 else "several"].setdefault(kind, []).append(right)
+    return table
+
+
+def report(name: str, table: dict[str, dict[str, list[bool]]]):
+    """Print a table of `reading`, a line for one image and a line for several."""
     for group, found in table.items():
-        every = [right for answers in found.values() for right in answers]
-        print(f"LLaMA, {len(every)} written questions, {group}: {sum(every) / len(every):.4f} right;",
+        right = [right for answers in found.values() for right in answers]
+        print(f"{name}, {group}: {sum(right)} of {len(right)} right, {sum(right) / len(right):.4f};",
               *(f"{kind} {sum(answers) / len(answers):.3f}" for kind, answers in sorted(found.items())), sep="  ")
 
 
@@ -373,7 +356,7 @@ def pretrain_llama(tokenizer: Tokenizer, steps: int) -> Llama:
 
     def loss_of(step: int) -> Tensor:
         attend(llama, rng.choice([mmca, causal]))
-        batch, asked, _ = text_batch(rng, tokenizer, 1 if step < 100 else 3, n=32, n_rounds=8)
+        batch, asked, _ = text_batch(rng, tokenizer, 1 if step < 100 else 3, n=16, n_rounds=8)
         return F.cross_entropy(*predict(llama, batch)) + head_loss(heads, states, asked)
 
     fit([llama, heads], loss_of, steps, lr=2e-3, name="LLaMA")
@@ -381,8 +364,7 @@ def pretrain_llama(tokenizer: Tokenizer, steps: int) -> Llama:
         hook.remove()
     for attention in (mmca, causal):
         attend(llama, attention)
-        print(attention.__name__, end=": ")
-        read_report(llama, tokenizer, 2000)
+        report(f"LLaMA, {attention.__name__}, written scenes", reading(llama, tokenizer, 2000))
     return llama
 
 
@@ -431,8 +413,10 @@ def main():
     parser.add_argument("--pretrain", action="store_true", help="make weights/tiny anew")
     if parser.parse_args().pretrain:
         pretrain(WEIGHTS, *STEPS)
-    else:
-        write_world(DATA, N_DIALOGUES, seed=0)
+    write_world(DATA, N_DIALOGUES, seed=0)
+    Path("examples").mkdir(exist_ok=True)
+    for i, (name, scene) in enumerate(EXAMPLES.items()):
+        draw(scene, random.Random(i)).save(Path("examples") / name)
 
 
 if __name__ == "__main__":

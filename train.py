@@ -1,10 +1,10 @@
-"""Training with DeepSpeed: the projection and the token embedding learn, everything else is frozen (paper, section 3).
+"""Training with DeepSpeed: the projection and the token embedding learn, everything else is frozen.
 
     deepspeed train.py --size tiny                     a laptop, minutes
     deepspeed train.py --size 7b --data /path/to/data  a GPU machine
 
-out/<size>/ then holds trained.safetensors with config.json, which chat.py loads, and log.csv with loss.png to look at.
-This file alone needs deepspeed. Before: data.py. Next file: chat.py.
+out/<size>/ then holds trained.safetensors and config.json for chat.py, log.csv and loss.png to look at. The recipe
+is the paper's (section 5). This file alone needs deepspeed. Before: data.py, shapes.py. Next file: chat.py.
 """
 import argparse
 import csv
@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler, Subset
 from tqdm import tqdm
 
-warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")   # of DeepSpeed's calls, not ours
+warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")   # meant for DeepSpeed
 if not torch.accelerator.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")              # named, so that DeepSpeed does not search and warn
 
@@ -40,7 +40,7 @@ from mmca import ATTENTION, PAD
 from visualchat import IGNORE, REPOSITORIES, ModelConfig, VisualChat, build, save, towers, whole_answers
 
 
-def option(default, help: str, choices=None):
+def option(default, help: str, choices: list | None = None):
     return field(default=default, metadata={"help": help, "choices": choices})
 
 
@@ -59,12 +59,12 @@ class Options:
     # How?
     epochs: int = option(0, "passes over the data")
     batch: int = option(0, "conversations per step, over all ranks")
-    micro_batch: int = option(0, "conversations per rank at a time; default up to 16 for the tiny size, else up to 4")
+    micro_batch: int = option(0, "conversations per rank at a time; default at most 16 for tiny, else at most 4")
     lr: float = option(1e-3, "peak learning rate, reached after 10 percent of the steps; then a cosine to zero")
     workers: int = option(2, "processes per rank that open pictures")
     # Where?
     zero: int = option(3, "ZeRO stage: what the ranks share out among them", [0, 1, 2, 3])
-    precision: str = option("", "fp16, bf16 or fp32; default fp16 on a GPU, fp32 on a CPU", ["", "fp16", "bf16", "fp32"])
+    precision: str = option("", "default fp16 on a GPU, fp32 on a CPU", ["fp16", "bf16", "fp32"])
     out: str = option("", "folder for the result; default out/<size>")
     local_rank: int = option(0, "set by the launcher")
 
@@ -82,9 +82,8 @@ def command_line() -> Options:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for f in fields(Options):
         many = isinstance(f.default, tuple)
-        parser.add_argument(f"--{f.name.replace('_', '-')}", f"--{f.name}", help=f.metadata["help"], default=f.default,
-                            choices=f.metadata["choices"], nargs="+" if many else None, metavar=None if f.metadata["choices"] else "",
-                            type=str if many else type(f.default))
+        parser.add_argument(f"--{f.name.replace('_', '-')}", f"--{f.name}", default=f.default, **f.metadata,
+                            nargs="+" if many else None, type=str if many else type(f.default))
     return for_size(Options(**vars(parser.parse_args())))
 
 
@@ -92,14 +91,15 @@ def command_line() -> Options:
 
 def start():
     """Join the other ranks, with `deepspeed`, torchrun or plain python as launcher."""
-    for name, value in dict(RANK=0, LOCAL_RANK=0, WORLD_SIZE=1, MASTER_ADDR="127.0.0.1", MASTER_PORT=29500).items():
-        os.environ.setdefault(name, str(value))                 # without them DeepSpeed would look for MPI
+    alone = dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="29500")
+    for name, value in alone.items():
+        os.environ.setdefault(name, value)                      # without them DeepSpeed would look for MPI
     logger.setLevel("WARNING")
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False     # would be compiled at the first start on a CPU
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # would be compiled at the first start on a CPU
     deepspeed.init_distributed(verbose=False)
     if get_accelerator().device_name() == "cpu":
         ranks = int(os.environ.get("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", 1)))
-        torch.set_num_threads(max(1, os.cpu_count() // ranks))  # more threads than cores make ranks wait for each other
+        torch.set_num_threads(max(1, os.cpu_count() // ranks))  # more threads than cores make ranks wait
 
 
 def check_precision(precision: str):
@@ -115,8 +115,9 @@ def micro_batch(options: Options) -> int:
     fitting = [n for n in range(1, options.batch // ranks + 1) if options.batch % (n * ranks) == 0]
     wanted = options.micro_batch or max((n for n in fitting if n <= most), default=0)
     if wanted not in fitting:
+        can_be = ", ".join(map(str, fitting)) or "nothing, take another --batch"
         raise ValueError(f"--batch {options.batch} is no multiple of {ranks} ranks × {wanted or 1} conversations: "
-                         f"--micro-batch can be {', '.join(map(str, fitting)) or 'nothing, take another --batch'}")
+                         f"--micro-batch can be {can_be}")
     return wanted
 
 
@@ -143,8 +144,8 @@ def learning_rate(step: int, steps: int) -> float:
 
 def engine_for(model: VisualChat, options: Options, steps: int):
     """The model in DeepSpeed's hands, with the paper's AdamW over what is trainable."""
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], options.lr, betas=(0.0, 0.95),
-                                  weight_decay=0.0)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], options.lr,
+                                  betas=(0.0, 0.95), weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate(step, steps))
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=schedule,
                                       config=deepspeed_config(options))
@@ -168,7 +169,7 @@ def on_device(batch: dict[str, Tensor], engine) -> dict[str, Tensor]:
 
 
 def train_step(engine, batches: Iterator[dict[str, Tensor]]) -> tuple[float, int]:
-    """One optimizer step on the next batches; returns the loss per answer token and the positions read, on all ranks.
+    """One optimizer step on the next batches; returns loss per answer token and positions read, over all ranks.
 
     Every answer token of the step weighs the same, wherever it lies; the mean over ranks and micro-batches that
     DeepSpeed takes would let a token of a short answer weigh more. So each micro-batch counts by its tokens.
@@ -226,7 +227,8 @@ def draw_curve(rows: list[dict], path: Path, width: int = 900, height: int = 500
     for point in checks:
         x, y = place(*point)
         pen.ellipse((x - 5, y - 5, x + 5, y + 5), "#DD8452")
-    pen.text((width - 40, 12), "loss per answer token: training (line), validation (dots)", "black", anchor="rt", font_size=14)
+    pen.text((width - 40, 12), "loss per answer token: training (line), validation (dots)", "black", anchor="rt",
+             font_size=14)
     picture.save(path)
 
 
@@ -244,12 +246,12 @@ def write_log(rows: list[dict], out: Path):
 def loaders(options: Options, tokenizer: Tokenizer, model: VisualChat) -> tuple[DataLoader, DataLoader]:
     """Batches of this rank for training and for validation; raises ValueError where the data does not fill one."""
     rank, ranks = dist.get_rank(), dist.get_world_size()
-    train, held_out = (Conversations(part, tokenizer, model.vit.config)
+    train, held_out = (Conversations(part, tokenizer, model.vit.config, model.llama.config.max_position_embeddings)
                        for part in split(read(Path(options.data), options.datasets), options.seed))
     if len(train) < options.batch or len(held_out) < ranks:
         raise ValueError(f"{options.data} holds {len(train)} conversations for training and {len(held_out)} for "
                          f"validation, too few for --batch {options.batch} on {ranks} ranks")
-    # Step k takes the same conversations on any number of ranks; a rest that fills no batch is left for another epoch.
+    # Step k takes the same conversations on any number of ranks; what fills no batch is left for another epoch.
     sampler = DistributedSampler(train, ranks, rank, seed=options.seed, drop_last=True)
     # Ranks must run the model equally often, so up to ranks - 1 of the held-out conversations are left out.
     mine = Subset(held_out, range(rank, len(held_out) // ranks * ranks, ranks))
@@ -275,8 +277,8 @@ def run(options: Options):
     steps_per_epoch = len(batches.sampler) * dist.get_world_size() // options.batch
     engine = engine_for(model, options, steps := steps_per_epoch * options.epochs)
     if main_rank:
-        print(f"{summary}; {options.attention}, ZeRO-{options.zero}, {options.precision}, {dist.get_world_size()} rank(s), "
-              f"{options.batch} conversations a step, {steps_per_epoch} steps an epoch, {options.epochs} epoch(s)")
+        print(f"{summary}; {options.attention}, ZeRO-{options.zero}, {options.precision}, batch {options.batch}, "
+              f"{dist.get_world_size()} ranks, {steps} steps in {options.epochs} epochs")
     rows, started, out = [], time.time(), Path(options.out)
     bar = tqdm(total=steps, disable=not main_rank)
     for epoch in range(options.epochs):

@@ -1,10 +1,10 @@
-"""The assembled model: frozen ViT ─► trained projection ─► spliced between word embeddings ─► frozen LLaMA-2 with MMCA.
+"""The assembled model: frozen ViT ─► trained projection ─► among word embeddings ─► frozen LLaMA-2 with MMCA.
 
     ids      ###  Image  1  :   ·    ·    ·    ###  Question  :  …        · a place without a token id
     kind      T     T    T  T   I    I    I     T      T      T           its embedding is a projected image token
 
-Trained are the projection and LLaMA's token embedding, and only they are saved. DeepSpeed-VisualChat, sections 3 and
-4.1. Before: mmca.py, llama.py, vit.py. Next file: data.py, which makes ids, kind, labels and images.
+Trained are the projection and LLaMA's token embedding, and only they are saved (DeepSpeed-VisualChat, section 3).
+Before: mmca.py, llama.py, vit.py. Next file: data.py, which makes ids, kind, labels and images.
 """
 import json
 import os
@@ -14,11 +14,10 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from llama import Llama, check, read_json
+from llama import Llama, check, read_file, read_json
 from mmca import ATTENTION, IMAGE, PAD, TEXT
 from vit import VisionTransformer
 
@@ -40,7 +39,7 @@ class VisualChat(nn.Module):
         nn.init.zeros_(self.projection.bias)
 
     def freeze(self) -> str:
-        """Leave only the projection and the token embedding trainable; returns a line that says how much that is."""
+        """Leave only the projection and the token embedding trainable; returns a line that says how much it is."""
         self.requires_grad_(False)
         self.projection.requires_grad_(True)
         self.llama.embed_tokens.requires_grad_(True)
@@ -52,7 +51,7 @@ class VisualChat(nn.Module):
         return self.projection(self.vit(images.to(self.vit.conv1.weight.dtype)))
 
     def splice(self, ids: Tensor, kind: Tensor, images: Tensor) -> Tensor:
-        """Embeddings (B, T, C): words by their ids (B, T), and the images (N, 3, h, w) in order where kind (B, T) is IMAGE.
+        """Embeddings (B, T, C): words by ids (B, T); where kind (B, T) is IMAGE, the images (N, 3, h, w) in order.
 
         Raises ValueError unless the places for image tokens are as many as the images fill.
         """
@@ -61,23 +60,23 @@ class VisualChat(nn.Module):
         if (found := int(places.sum())) != len(images) * n:
             raise ValueError(f"{found} places for image tokens, but {len(images)} images of {n} tokens each")
         if len(images):
-            x[places] = self.see(images).flatten(0, 1)      # row after row, left to right: image 1 in the first place
+            x[places] = self.see(images).flatten(0, 1)      # row after row, left to right: image 1 comes first
         return x
 
     def score(self, ids: Tensor, kind: Tensor, labels: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
-        """How each answer token is predicted: its loss in float32 and whether it is the likeliest, both (answer tokens).
+        """For each answer token its loss in float32 and whether it is the likeliest, both (answer tokens).
 
         ids, kind, labels (B, T), labels IGNORE off the answers; images (N, 3, h, w). All answer tokens of a round
         being the likeliest is the same as greedy decoding giving that answer word for word.
         """
         if len(images):
             x = self.splice(ids, kind, images)
-        else:       # ZeRO-3 ranks gather weights together, so each must run every module: look at a blank, times zero
+        else:       # ZeRO-3 ranks gather weights together, so all must run the same modules: look at a blank
             size = self.vit.config.image_size
-            x = self.splice(ids, kind, images) + 0 * self.see(ids.new_zeros(1, 3, size, size)).sum()
+            x = self.splice(ids, kind, images) + (0 * self.see(ids.new_zeros(1, 3, size, size))).sum()
         hidden = self.llama(x, kind)[:, :-1]                # position t predicts t + 1
         answer = labels[:, 1:] != IGNORE
-        logits = self.llama.lm_head(hidden[answer]).float()                                 # (answer tokens, vocabulary)
+        logits = self.llama.lm_head(hidden[answer]).float() # (answer tokens, vocabulary)
         target = labels[:, 1:][answer]
         return F.cross_entropy(logits, target, reduction="none"), logits.argmax(-1) == target
 
@@ -91,24 +90,24 @@ class VisualChat(nn.Module):
                  cache: dict | None = None) -> Iterator[Tensor]:
         """The likeliest next token of every row, again and again: yields ids (B,), and stops at the context's end.
 
-        ids (B, T) follow what the cache holds; kind (B, S) covers both. The caller stops at the token of his choice:
-        rows end at different times, and under ZeRO-3 all ranks must end together.
+        ids (B, T) follow what the cache holds; kind (B, S) covers both. The caller decides when to stop: rows end
+        at different times, and under ZeRO-3 all ranks must end together.
         """
         cache = {} if cache is None else cache
         x = self.splice(ids, kind[:, -ids.shape[1]:], images)
         hidden = self.llama(x, kind, cache)
         places = torch.arange(ids.shape[1], device=ids.device)
-        last = (places * (kind[:, -ids.shape[1]:] != PAD)).argmax(dim=1)                    # (B,) rows may end in padding
-        hidden = hidden[torch.arange(len(ids), device=ids.device), last]                    # (B, C)
+        last = (places * (kind[:, -ids.shape[1]:] != PAD)).argmax(dim=1)            # (B,) rows may end in padding
+        hidden = hidden[torch.arange(len(ids), device=ids.device), last]            # (B, C)
         for _ in range(min(max_new_tokens, self.llama.config.max_position_embeddings - kind.shape[1])):
-            token = self.llama.lm_head(hidden).argmax(-1)                                   # (B,)
+            token = self.llama.lm_head(hidden).argmax(-1)                           # (B,)
             yield token
             kind = torch.cat((kind, torch.full_like(kind[:, :1], TEXT)), dim=1)
             hidden = self.llama(self.llama.embed_tokens(token[:, None]), kind, cache)[:, 0]
 
 
 def whole_answers(labels: Tensor, right: Tensor) -> Tensor:
-    """Which answers are right word for word: labels (B, T) and `right` (answer tokens) from `score` to bool (answers)."""
+    """Which answers are right word for word (answers), from labels (B, T) and `right` (answer tokens) of score."""
     scored = labels != IGNORE
     before = F.pad(scored, (1, 0))[:, :-1]
     number = (scored & ~before).flatten().cumsum(0)[scored.flatten()] - 1      # which answer a token belongs to
@@ -146,15 +145,16 @@ def find(repository: str) -> Path:
     Raises FileNotFoundError that names the folders looked for and the command that fetches the weights.
     """
     local = Path("weights") / (repository if repository.startswith("tiny/") else Path(repository).name)
-    hub = Path(os.environ.get("HF_HOME", Path.home() / ".cache/huggingface")) / "hub"
+    home = Path(os.environ.get("HF_HOME", Path.home() / ".cache/huggingface"))
+    hub = Path(os.environ.get("HF_HUB_CACHE", home / "hub"))
     cached = hub / f"models--{repository.replace('/', '--')}" / "snapshots"
     for folder in (local, *sorted(cached.glob("*"), key=os.path.getmtime, reverse=True)):
         if (folder / CONFIG).exists():
             return folder
     how = ("python shapes.py --pretrain" if repository.startswith("tiny/") else
            f"hf download {repository} --local-dir {local}   (a license may have to be accepted on its page first)")
-    raise FileNotFoundError(f"no weights of {repository}: looked for {local.absolute()} and {cached}. Get them with\n"
-                            f"    {how}")
+    raise FileNotFoundError(f"no weights of {repository}: looked for {local.absolute()} and {cached}. "
+                            f"Get them with\n    {how}")
 
 
 def towers(config: ModelConfig) -> tuple[Path, Path]:
@@ -166,7 +166,7 @@ def towers(config: ModelConfig) -> tuple[Path, Path]:
 
 
 def build(config: ModelConfig, dtype=torch.float32, device="cpu") -> VisualChat:
-    """The model with its pre-trained towers and a fresh projection; raises as `towers` and the towers' loaders do."""
+    """The model with its pre-trained towers and a fresh projection; raises as `towers` and their loaders do."""
     if config.attention not in ATTENTION:
         raise ValueError(f"no attention {config.attention!r}; there are {', '.join(ATTENTION)}")
     llama, vit = towers(config)
@@ -175,16 +175,16 @@ def build(config: ModelConfig, dtype=torch.float32, device="cpu") -> VisualChat:
 
 
 def save(folder: Path, trained: dict[str, Tensor], config: ModelConfig):
-    """Write what was trained, by its name in VisualChat, and the configuration; a kill leaves the old files or the new."""
+    """Write what was trained, by its name in VisualChat, and the configuration; a kill leaves no half a file."""
     folder.mkdir(parents=True, exist_ok=True)
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in trained.items()}, folder / f"{TRAINED}.new")
+    save_file({name: t.detach().cpu().contiguous() for name, t in trained.items()}, folder / f"{TRAINED}.new")
     (folder / f"{CONFIG}.new").write_text(json.dumps(asdict(config), indent=2) + "\n")
     for name in (CONFIG, TRAINED):
         os.replace(folder / f"{name}.new", folder / name)
 
 
 def load_trained(model: VisualChat, tensors: dict[str, Tensor], source: Path):
-    """Copy `tensors` over exactly the parameters that `freeze` leaves trainable; raises ValueError as `check` does."""
+    """Copy `tensors` over exactly the parameters that `freeze` leaves trainable; raises as `check` does."""
     model.freeze()
     trained = {name: p.data for name, p in model.named_parameters() if p.requires_grad}
     check(trained, tensors, source)
@@ -199,12 +199,11 @@ def load(folder: Path, dtype=torch.float32, device="cpu") -> tuple[VisualChat, M
     """
     for name in (TRAINED, CONFIG):
         if not (folder / name).exists():
-            raise FileNotFoundError(f"no {folder / name}: train first, `deepspeed train.py --size tiny` takes minutes")
+            raise FileNotFoundError(f"no {folder / name}: train first, `deepspeed train.py --size tiny`")
     found = read_json(folder / CONFIG)
     if unknown := set(found) - {field.name for field in fields(ModelConfig)}:
-        raise ValueError(f"{folder / CONFIG} has settings that this version does not know: {', '.join(sorted(unknown))}")
+        raise ValueError(f"{folder / CONFIG} has unknown settings: {', '.join(sorted(unknown))}")
     config = ModelConfig(**found)
     model = build(config, dtype, device)
-    with safe_open(folder / TRAINED, "pt") as file:
-        load_trained(model, {name: file.get_tensor(name) for name in file.keys()}, folder / TRAINED)
+    load_trained(model, read_file(folder / TRAINED), folder / TRAINED)
     return model, config

@@ -1,6 +1,6 @@
 """QWen-VL's visual encoder (arXiv 2308.12966): a ViT, then a resampler that sums a picture up in a few tokens.
 
-    448×448 picture ─► 32×32 patches of 14×14 ─► 48 transformer layers ─► 256 queries look at the 1024 patches ─► tokens
+    448×448 picture ─► 32×32 patches ─► 48 transformer layers ─► 256 queries look at the 1024 patches ─► 256 tokens
 
 Two habits differ from the usual ViT: there is no class token, and q, k, v lie interleaved per head in one matrix.
 Every module has its name in the official checkpoint, under `transformer.visual.`. Next file: visualchat.py.
@@ -20,11 +20,12 @@ MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073])[:, None, None]      # C
 STD = torch.tensor([0.26862954, 0.26130258, 0.27577711])[:, None, None]
 PREFIX = "transformer.visual."
 EPS = 1e-6
+IN_CONFIG = ("image_size", "patch_size", "width", "layers", "heads", "output_dim")   # what config.json names
 
 
 @dataclass(frozen=True)
 class VisionConfig:
-    """Sizes, under the names of `visual` in the official config.json; those below it follow from tensor shapes."""
+    """Sizes, under the names of `visual` in the official config.json, or as the shapes of its tensors tell."""
     image_size: int = 448
     patch_size: int = 14
     width: int = 1664
@@ -50,7 +51,7 @@ def open_image(file) -> Image.Image:
         raise
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:   # what Pillow raises for bad files
         raise ValueError(f"{file} is no readable picture: {error}") from error
-    if image.mode.startswith("I") or image.mode == "F":                     # 16 or 32 bits: bring the range to 0..255
+    if image.mode.startswith("I") or image.mode == "F":                     # 16 or 32 bits: bring to 0..255
         values = np.asarray(image, dtype=np.float32)
         brightest = values.max(initial=0)
         unit = 1 if image.mode == "F" and brightest <= 1 else 255
@@ -63,7 +64,7 @@ def open_image(file) -> Image.Image:
 
 
 def pixels(image: Image.Image, size: int = 448) -> Tensor:
-    """The encoder's input (3, size, size) float32: the RGB picture squeezed to a square, then normalised as CLIP does."""
+    """The encoder's input (3, size, size) float32: the picture squeezed to a square, normalised as CLIP does."""
     square = image.resize((size, size), Image.Resampling.BICUBIC)
     rgb = torch.from_numpy(np.array(square)).permute(2, 0, 1) / 255         # (3, size, size)
     return (rgb - MEAN) / STD
@@ -143,7 +144,7 @@ class Resampler(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.ln_kv(self.kv_proj(x))                                     # (N, P, output_dim)
         q = (self.ln_q(self.query) + self.pos_embed).expand(x.shape[0], -1, -1)
-        k = x + resized(self.pos_embed, x.shape[1])                         # places guide the look, values get none
+        k = x + resized(self.pos_embed, x.shape[1])                         # places guide the look only
         return self.attn(q, k, x, need_weights=False)[0]                    # (N, n_queries, output_dim)
 
 
@@ -154,7 +155,7 @@ class VisionTransformer(nn.Module):
         super().__init__()
         self.config = config
         self.conv1 = nn.Conv2d(3, config.width, config.patch_size, config.patch_size, bias=False)
-        self.positional_embedding = nn.Parameter(torch.randn(config.grid ** 2, config.width) * config.width ** -0.5)
+        self.positional_embedding = nn.Parameter(torch.randn(config.grid ** 2, config.width) * 0.02)
         self.ln_pre = nn.LayerNorm(config.width, eps=EPS)
         self.transformer = Transformer(config)
         self.attn_pool = Resampler(config)
@@ -171,7 +172,7 @@ class VisionTransformer(nn.Module):
         """The encoder of an official QWen-VL folder, from its pickled shards or from safetensors.
 
         Only shards that the index names for `transformer.visual.` are opened. QWen-VL's last step, `proj`, is left
-        out as DeepSpeed-VisualChat does. Raises FileNotFoundError for absent files, ValueError where they do not fit.
+        out as DeepSpeed-VisualChat does. Raises FileNotFoundError for absent files, ValueError for unfitting ones.
         """
         folder = Path(folder)
         tensors = {name.removeprefix(PREFIX): tensor for name, tensor in read_tensors(folder, PREFIX).items()}
@@ -190,8 +191,8 @@ def read_config(path: Path, tensors: dict[str, Tensor]) -> VisionConfig:
     if not isinstance(visual, dict):
         raise ValueError(f"{path} has no `visual` section: is this a QWen-VL folder?")
     try:
-        sizes = {name: visual[name] for name in ("image_size", "patch_size", "width", "layers", "heads", "output_dim")}
-        return VisionConfig(**sizes, n_queries=tensors["attn_pool.query"].shape[0],
+        return VisionConfig(**{name: visual[name] for name in IN_CONFIG},
+                            n_queries=tensors["attn_pool.query"].shape[0],
                             mlp_width=tensors["transformer.resblocks.0.mlp.c_fc.weight"].shape[0],
                             grid=round(tensors["positional_embedding"].shape[0] ** 0.5))
     except KeyError as error:

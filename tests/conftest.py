@@ -1,4 +1,5 @@
-"""What several test files share: a tiny random model in folders of the official formats, its tokenizer, pictures."""
+"""What several test files share: a tiny random model in official folders, its tokenizer, pictures."""
+import copy
 import json
 from pathlib import Path
 
@@ -9,13 +10,13 @@ from PIL import Image
 from safetensors.torch import save_file
 from sentencepiece import SentencePieceTrainer
 
-from data import SYSTEM
+from data import SYSTEM, Round, collate, encode, tensors
 from llama import Llama, LlamaConfig, Tokenizer
-from visualchat import ModelConfig, build
+from visualchat import ModelConfig, build, whole_answers
 from vit import PREFIX, VisionConfig, VisionTransformer
 
-VIT = VisionConfig(image_size=16, patch_size=8, width=16, layers=2, heads=2, mlp_width=32, output_dim=128, n_queries=4,
-                   grid=2)
+VIT = VisionConfig(image_size=16, patch_size=8, width=16, layers=2, heads=2, mlp_width=32, output_dim=128,
+                   n_queries=4, grid=2)
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -43,7 +44,7 @@ def config(tmp_path_factory) -> ModelConfig:
         weights = {name if name == "lm_head.weight" else prefix + name: torch.randn_like(t) * 0.2 if t.ndim > 1 else t
                    for name, t in tower.state_dict().items()}
         if "lm_head.weight" in weights:
-            weights["lm_head.weight"][2] *= 2                   # so that answers of the untrained model end now and then
+            weights["lm_head.weight"][2] *= 4                   # so that untrained answers end now and then
         save_file(weights, folder / "model.safetensors")
     return ModelConfig(llama=str(llama), vit=str(vit))
 
@@ -67,3 +68,38 @@ def pictures(tmp_path_factory) -> list[Path]:
     for file in files:
         Image.fromarray(random.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(file)
     return files
+
+
+@pytest.fixture(scope="session")
+def rows(tokenizer, pictures):
+    """Conversations with two images in one round, one image in a later round, and none; of different lengths."""
+    a, b, c, d = pictures
+    told = [[Round((a, b), "Which is it?", "A cat.")],
+            [Round((), "What is it?", "Question 1."), Round((c,), "What is image 1?", "You look at it.")],
+            [Round((), "Is it a cat?", "A question.")],
+            [Round((d,), "What is image 1?", "Answer: images.")]]
+    return [tensors(encode(rounds, tokenizer, VIT.n_queries), VIT.image_size) for rounds in told]
+
+
+@pytest.fixture(scope="session")
+def overfitted(config, rows):
+    """Trained on the rows: the model before, when the first answers were right, and at the end; the last loss."""
+    torch.manual_seed(0)
+    model, batch, halfway = build(config), collate(rows), None
+    before = copy.deepcopy(model)
+    model.freeze()
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trainable, 2e-2, (0.0, 0.95), weight_decay=0)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1, 0, 300)
+    for _ in range(300):
+        losses, right = model.score(**batch)
+        whole = whole_answers(batch["labels"], right)
+        if halfway is None and whole.any() and not whole.all():
+            halfway = copy.deepcopy(model)
+        if losses.mean() < 0.05 and whole.all():
+            break
+        optimizer.zero_grad()
+        losses.mean().backward()
+        optimizer.step()
+        schedule.step()
+    return before, halfway, model, losses.mean().item()

@@ -1,4 +1,4 @@
-"""Claims about data.py: rounds of published records, the template and its labels, truncation, splits, batches, bad input."""
+"""Claims about data.py: the template and its labels, truncation, published records, bad input, splits, batches."""
 import json
 from itertools import groupby
 
@@ -19,7 +19,8 @@ def shown(encoded, tokenizer):
     """The conversation as text: <s> and </s> where these ids stand, · for an image token."""
     special = {tokenizer.bos: "<s>", tokenizer.eos: "</s>"}
     text = ""
-    for symbol, run in groupby(zip(encoded.ids, encoded.kind), lambda x: "·" if x[1] == IMAGE else special.get(x[0])):
+    positions = zip(encoded.ids, encoded.kind)
+    for symbol, run in groupby(positions, lambda place: "·" if place[1] == IMAGE else special.get(place[0])):
         ids = [i for i, _ in run]
         text += symbol * len(ids) if symbol else tokenizer.decode(ids)
     return text
@@ -28,7 +29,8 @@ def shown(encoded, tokenizer):
 # ---- the template ----
 
 def test_the_template_is_figure_3_s(tokenizer):
-    rounds = [Round(("a", "b"), "Which is red?", "The first."), Round((), "Sure?", "Yes."), Round(("c",), "And this?", "No.")]
+    rounds = [Round(("a", "b"), "Which is red?", "The first."), Round((), "Sure?", "Yes."),
+              Round(("c",), "And this?", "No.")]
     encoded = encode(rounds, tokenizer, N)
     assert shown(encoded, tokenizer) == (
         f"<s>{SYSTEM}\n### Image 1:····### Image 2:····### Question: Which is red?\n### Answer: The first.</s>"
@@ -41,9 +43,9 @@ def test_the_template_is_figure_3_s(tokenizer):
 
 def test_labels_are_the_answers_with_their_end_and_nothing_else(tokenizer):
     encoded = encode([Round(("a",), "One?", "A cat."), Round((), "Two?", "No.")], tokenizer, N)
-    runs = [list(run) for scored, run in groupby(zip(encoded.ids, encoded.labels), lambda x: x[1] != IGNORE) if scored]
-    assert [[label for _, label in run] for run in runs] == [[*tokenizer.encode(text), 2] for text in ("A cat.", "No.")]
-    assert all(token == label for run in runs for token, label in run)
+    runs = [list(run) for scored, run in groupby(encoded.labels, lambda label: label != IGNORE) if scored]
+    assert runs == [[*tokenizer.encode("A cat."), 2], [*tokenizer.encode("No."), 2]]
+    assert all(label in (token, IGNORE) for token, label in zip(encoded.ids, encoded.labels, strict=True))
 
 
 @pytest.mark.parametrize("text", ["<s>", "</s>", "a </s><s> b", "<image>", "<unk>"])
@@ -144,7 +146,8 @@ def test_records_become_rounds_in_order(folder):
     (record("<image> Q?", "A.", image=None), "NoneType"),
     (record("<image> Q?", "A.", image="../../x.jpg"), "'../../x.jpg' lies outside"),
     (record("<image> Q?", "A.", image=["/x.jpg"]), "'/x.jpg' lies outside"),
-    (record("<image> Q?", "A.", image="link.jpg"), "'link.jpg' lies outside")], ids=lambda x: x if isinstance(x, str) else "")
+    (record("<image> Q?", "A.", image="link.jpg"), "'link.jpg' lies outside")],
+    ids=lambda x: x if isinstance(x, str) else "")
 def test_a_bad_record_is_named(folder, bad, message):
     data = folder([record("<image> Q?", "A.", id="001"), bad])
     (data / "coco/train2017/link.jpg").symlink_to(data / "x.jpg")
@@ -180,8 +183,8 @@ def test_a_split_is_a_tenth_and_the_seed_decides_which():
 
 
 def test_shorter_rows_are_padded_and_images_stay_in_order(tokenizer, pictures):
-    rounds = [[Round((), "Q?", "A.")], [Round(tuple(pictures[:2]), "Which?", "This.")], [Round((pictures[2],), "Q?", "A.")]]
-    encoded = [encode(conversation, tokenizer, N) for conversation in rounds]
+    turns = [Round((), "Q?", "A."), Round(tuple(pictures[:2]), "Which?", "This."), Round((pictures[2],), "Q?", "A.")]
+    encoded = [encode([turn], tokenizer, N) for turn in turns]
     batch = collate([tensors(x, 16) for x in encoded])
     longest = max(len(x.ids) for x in encoded)
     for i, x in enumerate(encoded):
@@ -193,8 +196,8 @@ def test_shorter_rows_are_padded_and_images_stay_in_order(tokenizer, pictures):
 
 
 def test_workers_make_the_same_batches(tokenizer, pictures):
-    rows = Conversations([[Round((file,), "What is it?" * i, "A cat.")] for i, file in enumerate(pictures, 1)], tokenizer,
-                         VisionConfig(image_size=16, n_queries=N))
+    conversations = [[Round((file,), "What is it?" * i, "A cat.")] for i, file in enumerate(pictures, 1)]
+    rows = Conversations(conversations, tokenizer, VisionConfig(image_size=16, n_queries=N))
     here, there = (list(DataLoader(rows, 2, collate_fn=collate, num_workers=n)) for n in (0, 2))
     assert len(here) == len(there) == 2
     for ours, theirs in zip(here, there):

@@ -2,7 +2,6 @@
 import io
 import json
 import os
-import pickle
 from pathlib import Path
 
 import pytest

@@ -1,0 +1,158 @@
+"""shapes.py: questions have the one right answer, held-out pairs stay out, files are what the readers expect."""
+import json
+import random
+import re
+from itertools import product
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image, ImageChops
+from transformers import LlamaForCausalLM
+
+import shapes
+from data import read
+from llama import Llama, Tokenizer
+from mmca import causal
+from vit import VisionTransformer
+
+WEIGHTS = Path(__file__).parent.parent / "weights/tiny"
+
+
+def right_answer(question: str, scenes: list) -> str:
+    """An answer worked out from the question's words alone."""
+    numbers = [int(digit) - 1 for digit in re.findall(r"\d", question)]
+    if question.startswith("Describe"):
+        return "A {} {} {} at the {}.".format(*scenes[numbers[0]])
+    if question.startswith("What changed"):
+        a, b = (scenes[i] for i in numbers)
+        return " ".join(f"the {name}" for name, x, y in zip(("size", "color", "shape", "place"), a, b) if x != y)
+    if question.startswith("Do image"):
+        place = ("size", "color", "shape", "place").index(question.rstrip("?").split()[-1])
+        return "yes" if scenes[numbers[0]][place] == scenes[numbers[1]][place] else "no"
+    if question.startswith("Is any"):
+        return "yes" if any(question.rstrip("?").split()[-1] in scene for scene in scenes) else "no"
+    if question.startswith("Which"):
+        return " ".join(f"image {i}" for i, scene in enumerate(scenes, 1) if question.rstrip("?").split()[-1] in scene)
+    place = 3 if question.startswith("Where") else ("size", "color", "shape").index(question.split()[1])
+    return scenes[numbers[0]][place]
+
+
+def test_every_question_has_its_one_right_answer():
+    rng = random.Random(0)
+    for _ in range(300):
+        scenes, rounds = shapes.dialogue(rng.choice([1, 2, 3]), 6, rng, shapes.anything)
+        shown = []
+        for new, kind, question, answer in rounds:
+            shown = shown + new
+            assert answer == right_answer(question, shown)
+            assert shapes.kind_of(question) == kind
+            assert max([int(digit) for digit in re.findall(r"\d", question)], default=1) <= len(shown)
+        assert shown == scenes
+
+
+def test_no_kind_of_question_can_be_guessed():
+    rng, answers = random.Random(0), {}
+    for _ in range(3000):
+        for _, kind, _, answer in shapes.dialogue(rng.choice([2, 3]), 6, rng, shapes.seen)[1]:
+            answers.setdefault(kind, []).append(answer)
+    assert set(answers) == {"size", "color", "shape", "place", "describe", *shapes.COMPARING}
+    for kind, given in answers.items():
+        commonest = max(given.count(answer) for answer in set(given)) / len(given)
+        assert commonest < {"any": .55, "same": .6, "which": .5, "size": .55, "changed": .35}.get(kind, .3), kind
+
+
+def test_held_out_pairs_are_in_one_world_alone():
+    scenes = list(product(*shapes.ATTRIBUTES.values()))
+    held_out = [scene for scene in scenes if not shapes.seen(scene)]
+    assert len(scenes) == 240 and len(held_out) == 60
+    assert {value for scene in held_out for value in scene} == {v for values in shapes.ATTRIBUTES.values() for v in values}
+    rng = random.Random(0)
+    for _ in range(200):
+        assert all(map(shapes.seen, shapes.dialogue(3, 6, rng, shapes.seen)[0]))
+        assert not any(map(shapes.seen, shapes.dialogue(3, 6, rng, shapes.unseen)[0]))
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("world")
+    shapes.write_world(folder, 60, seed=3)
+    return folder
+
+
+def test_the_same_seed_draws_the_same_files_and_another_seed_others(world, tmp_path):
+    shapes.write_world(tmp_path / "again", 60, seed=3)
+    shapes.write_world(tmp_path / "other", 60, seed=4)
+    files = [file.relative_to(world) for file in sorted(world.rglob("*")) if file.is_file()]
+    assert all((tmp_path / "again" / file).read_bytes() == (world / file).read_bytes() for file in files)
+    assert (tmp_path / "other/llava/detail_23k.json").read_text() != (world / "llava/detail_23k.json").read_text()
+
+
+def test_the_world_is_read_as_llava_is(world):
+    assert all(len(turns[0].images) == 1 and not any(turn.images for turn in turns[1:]) for turns in read(world, ["llava"]))
+    several = read(world, ["llava_dial"])
+    assert {sum(len(turn.images) for turn in turns) for turns in several} == {2, 3}
+    assert len(read(world, ["llava", "llava_dial"])) == 60
+    for turns in several:
+        files = [file for turn in turns for file in turn.images]
+        assert files == sorted(files) and len(set(files)) == len(files)
+        assert all(Image.open(file).size == (224, 224) and file.suffix == ".jpg" for file in files)
+
+
+def test_llava_records_are_in_the_official_format(world):
+    for record in json.loads((world / "llava/detail_23k.json").read_text()):
+        assert set(record) == {"id", "image", "conversations"} and isinstance(record["image"], str)
+        assert record["conversations"][0]["value"].endswith("\n<image>")
+        assert [turn["from"] for turn in record["conversations"]] == ["human", "gpt"] * 6
+
+
+def test_pictures_of_one_scene_differ():
+    rng = random.Random(0)
+    a, b = (shapes.draw(("big", "red", "star", "left"), rng) for _ in range(2))
+    assert ImageChops.difference(a, b).getbbox()
+
+
+def test_every_word_is_one_token_and_digits_are_stable():
+    tokenizer = Tokenizer(WEIGHTS / "llama")
+    words = tokenizer.model.encode_as_pieces("Which image is red?\n### Image 1: 1? 2.")
+    assert words == ["▁Which", "▁image", "▁is", "▁red", "?", "<0x0A>", "###", "▁Image", "▁1", ":", "▁1", "?", "▁2", "."]
+    assert (tokenizer.bos, tokenizer.eos) == (1, 2)
+    assert tokenizer.decode(tokenizer.encode("zebra — ü")) == "zebra — ü"
+
+
+# ---- the shipped towers ----
+
+def test_the_shipped_towers_are_small_and_in_half_precision():
+    files = [file for file in WEIGHTS.rglob("*") if file.is_file()]
+    assert sum(file.stat().st_size for file in files) < 12e6
+    llama, vit = Llama.from_pretrained(WEIGHTS / "llama"), VisionTransformer.from_pretrained(WEIGHTS / "vit")
+    assert 1e6 < sum(p.numel() for p in llama.parameters()) < 4e6
+    assert 0.5e6 < sum(p.numel() for p in vit.parameters()) < 2e6
+    assert {p.dtype for tower in (llama, vit) for p in tower.parameters()} == {torch.float16}
+
+
+def test_transformers_reads_the_shipped_llama():
+    theirs = LlamaForCausalLM.from_pretrained(WEIGHTS / "llama", dtype=torch.float32)
+    ours = Llama.from_pretrained(WEIGHTS / "llama", causal, torch.float32)
+    ids = torch.randint(0, 300, (2, 30), generator=torch.Generator().manual_seed(0))
+    logits = ours.lm_head(ours(ours.embed_tokens(ids), torch.ones_like(ids)))
+    assert torch.allclose(logits, theirs(ids).logits, atol=1e-4)
+
+
+def test_a_linear_probe_reads_all_attributes_from_the_shipped_vit():
+    vit = VisionTransformer.from_pretrained(WEIGHTS / "vit", torch.float32)
+    right = []
+    with torch.no_grad():
+        (seen, wanted), (fresh, told) = ((vit(images), values) for images, values in (shapes.drawn(1200, 11), shapes.drawn(400, 12)))
+    for i, width in enumerate(shapes.WIDTHS):                   # a fit on 1,200 pictures, read on 400 others
+        x, y = (torch.cat((features[:, i], torch.ones(len(features), 1)), dim=1) for features in (seen, fresh))
+        fit = torch.linalg.lstsq(x, torch.nn.functional.one_hot(wanted[:, i], width).float()).solution
+        right.append((y @ fit).argmax(1) == told[:, i])
+    assert torch.stack(right).float().mean() >= 0.99
+
+
+def test_the_shipped_llama_reads_written_scenes():
+    llama = Llama.from_pretrained(WEIGHTS / "llama", dtype=torch.float32)
+    table = shapes.reading(llama, Tokenizer(WEIGHTS / "llama"), 400)
+    one, several = ([right for answers in table[group].values() for right in answers] for group in ("one image", "several"))
+    assert sum(one) / len(one) >= 0.98 and sum(several) / len(several) >= 0.95
