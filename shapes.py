@@ -34,13 +34,15 @@ SIZES, COLORS = ["small", "big"], ["red", "orange", "yellow", "green", "blue", "
 SHAPES, PLACES = ["circle", "square", "triangle", "star"], ["left", "right", "top", "bottom", "center"]
 ATTRIBUTES = {"size": SIZES, "color": COLORS, "shape": SHAPES, "place": PLACES}
 COMPARING = ("any", "which", "same", "changed")
+KINDS = (*ATTRIBUTES, "describe", *COMPARING)
 WIDTHS = [len(values) for values in ATTRIBUTES.values()]
 Scene = tuple[str, str, str, str]           # what a picture shows, an attribute each: ("big", "red", "star", "left")
 HELD_OUT = {("red", "star"), ("orange", "circle"), ("yellow", "square"),    # pairs that visual tuning never sees
             ("green", "triangle"), ("blue", "star"), ("purple", "circle")}
 EXAMPLES = {"a.png": ("big", "red", "circle", "left"), "b.png": ("big", "blue", "circle", "left"),
             "c.png": ("small", "yellow", "star", "top")}
-WEIGHTS, DATA, N_DIALOGUES = Path("weights/tiny"), Path("data/tiny"), 2400
+WEIGHTS, DATA = Path("weights/tiny"), Path("data/tiny")
+N_DIALOGUES, N_TEST, TESTS = 2400, 240, ("test_seen", "test_unseen")
 STEPS = (1500, 1500)                        # of pre-training: ViT, LLaMA
 
 LLAMA = LlamaConfig(hidden_size=128, intermediate_size=336, num_hidden_layers=6, num_attention_heads=4,
@@ -403,9 +405,11 @@ def pretrain(folder: Path, vit_steps: int, llama_steps: int, seed: int = 0):
 
 
 def ensure(data: Path):
-    """Draw the data folder if it is not there yet."""
-    if not (data / "llava/conversation_58k.json").exists():
-        write_world(data, N_DIALOGUES, seed=0)
+    """Draw the data folder, and the two test folders within it, unless they are there."""
+    for folder, count, seed, allowed in ((data, N_DIALOGUES, 0, seen), (data / "test_seen", N_TEST, 1, seen),
+                                         (data / "test_unseen", N_TEST, 2, unseen)):
+        if not (folder / "llava/conversation_58k.json").exists():   # written last
+            write_world(folder, count, seed, allowed)
 
 
 def main():
@@ -413,7 +417,7 @@ def main():
     parser.add_argument("--pretrain", action="store_true", help="make weights/tiny anew")
     if parser.parse_args().pretrain:
         pretrain(WEIGHTS, *STEPS)
-    write_world(DATA, N_DIALOGUES, seed=0)
+    ensure(DATA)
     Path("examples").mkdir(exist_ok=True)
     for i, (name, scene) in enumerate(EXAMPLES.items()):
         draw(scene, random.Random(i)).save(Path("examples") / name)

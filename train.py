@@ -34,7 +34,7 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import logger, safe_get_full_fp32_param
 
 import shapes
-from data import SOURCES, Conversations, collate, read, split
+from data import SOURCES, Conversations, collate, encode, read, split, tensors
 from llama import Tokenizer
 from mmca import ATTENTION, PAD
 from visualchat import IGNORE, REPOSITORIES, ModelConfig, VisualChat, build, save, towers, whole_answers
@@ -62,6 +62,7 @@ class Options:
     micro_batch: int = option(0, "conversations per rank at a time; default at most 16 for tiny, else at most 4")
     lr: float = option(1e-3, "peak learning rate, reached after 10 percent of the steps; then a cosine to zero")
     workers: int = option(2, "processes per rank that open pictures")
+    exam: int = option(240, "dialogues of each test set to answer after training the tiny size; 0: none")
     # Where?
     zero: int = option(3, "ZeRO stage: what the ranks share out among them", [0, 1, 2, 3])
     precision: str = option("", "default fp16 on a GPU, fp32 on a CPU", ["fp16", "bf16", "fp32"])
@@ -204,6 +205,43 @@ def evaluate(engine, batches: DataLoader) -> tuple[float, float]:
     return (sums[0] / sums[1]).item(), (sums[2] / sums[3]).item()
 
 
+# ---- the exam of the tiny world ----
+
+def ask(model: VisualChat, tokenizer: Tokenizer, conversations: list, blind: bool) -> Iterator[tuple[str, str, bool]]:
+    """(images shown, kind, right word for word) for every question, after the true rounds before it.
+
+    Answers are decoded greedily, 64 at a time, with the KV cache. Blind: every picture is replaced by a grey one.
+    """
+    vision = model.vit.config
+    asked = [(rounds, i) for rounds in conversations for i in range(len(rounds))]
+    for part in (asked[i:i + 64] for i in range(0, len(asked), 64)):
+        prompts = ([*rounds[:i], replace(rounds[i], answer=None)] for rounds, i in part)
+        batch = collate([tensors(encode(rounds, tokenizer, vision.n_queries), vision.image_size) for rounds in prompts])
+        images = batch["images"] * (not blind)                  # zero is grey: pixels are normalised
+        said = torch.stack(list(model.generate(batch["ids"], batch["kind"], images, max_new_tokens=12)), 1).tolist()
+        for (rounds, i), ids in zip(part, said):                # said: 64 × 12
+            text = tokenizer.decode(ids[:ids.index(tokenizer.eos)] if tokenizer.eos in ids else ids)
+            shown = sum(len(turn.images) for turn in rounds[:i + 1])
+            yield "one" if shown == 1 else "several", shapes.kind_of(rounds[i].question), text == rounds[i].answer
+
+
+def exam(model: VisualChat, tokenizer: Tokenizer, data: Path, n: int) -> list[dict]:
+    """Rows for eval.csv: exact match per kind of question, and blind, in n dialogues of each of shapes' test sets."""
+    rows = []
+    for test in shapes.TESTS:
+        conversations = read(data / test, ["llava", "llava_dial"])
+        conversations = conversations[::max(1, len(conversations) // n)]
+        sighted, blind = (list(ask(model, tokenizer, conversations, blind)) for blind in (False, True))
+        for images in ("one", "several"):
+            for kind in ("all", *shapes.KINDS):
+                found = [(a[2], b[2]) for a, b in zip(sighted, blind) if a[0] == images and kind in ("all", a[1])]
+                if found:
+                    exact, grey = (sum(right) / len(found) for right in zip(*found))
+                    rows.append(dict(test=test, images=images, kind=kind, questions=len(found), exact=round(exact, 4),
+                                     blind=round(grey, 4)))
+    return rows
+
+
 # ---- what can be looked at ----
 
 def draw_curve(rows: list[dict], path: Path, width: int = 900, height: int = 500):
@@ -232,13 +270,11 @@ def draw_curve(rows: list[dict], path: Path, width: int = 900, height: int = 500
     picture.save(path)
 
 
-def write_log(rows: list[dict], out: Path):
-    """log.csv and loss.png, whole each time: a kill in between costs at most one drawing."""
-    with open(out / "log.csv", "w", newline="") as file:
+def write_csv(rows: list[dict], path: Path):
+    with open(path, "w", newline="") as file:
         writer = csv.DictWriter(file, rows[0].keys())
         writer.writeheader()
         writer.writerows(rows)
-    draw_curve(rows, out / "loss.png")
 
 
 # ---- the whole ----
@@ -273,7 +309,8 @@ def run(options: Options):
     dtype = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[options.precision]
     model = build(config, dtype)
     summary = model.freeze()
-    batches, held_out = loaders(options, Tokenizer(towers(config)[0]), model)
+    tokenizer = Tokenizer(towers(config)[0])
+    batches, held_out = loaders(options, tokenizer, model)
     steps_per_epoch = len(batches.sampler) * dist.get_world_size() // options.batch
     engine = engine_for(model, options, steps := steps_per_epoch * options.epochs)
     if main_rank:
@@ -298,8 +335,15 @@ def run(options: Options):
                       f"exact match {rows[-1]['exact_match']:.1%} of the answers in "
                       f"{len(held_out.dataset) * dist.get_world_size()} held-out conversations")
             save(out, parts, config)
-            write_log(rows, out)
+            write_csv(rows, out / "log.csv")
+            draw_curve(rows, out / "loss.png")
     bar.close()
+    if options.size == "tiny" and options.exam:
+        table = exam(engine.module, tokenizer, Path(options.data), options.exam)    # ZeRO-3: all ranks must run it
+        if main_rank:
+            write_csv(table, out / "eval.csv")
+            print(*("  ".join(f"{value:<10}" for value in line) for line in [table[0], *(row.values() for row in table)]),
+                  sep="\n")
     if main_rank:
         print(f"{out} holds trained.safetensors, config.json, log.csv and loss.png; talk to it with\n"
               f"    python chat.py examples/a.png examples/b.png")
