@@ -173,7 +173,7 @@ def read_file(path: Path, prefix: str = "") -> dict[str, Tensor]:
         pickled = torch.load(path, map_location="cpu", weights_only=True, mmap=True)    # a pickle could run code
         return {name: tensor for name, tensor in pickled.items() if name.startswith(prefix)}
     except (SafetensorError, RuntimeError, pickle.UnpicklingError, AttributeError) as error:
-        raise ValueError(f"{path} is damaged or no file of tensors, get it anew: {type(error).__name__}") from error
+        raise ValueError(f"{path} is damaged or no file of tensors, get it anew: {type(error)}") from error
 
 
 def read_tensors(folder: Path, prefix: str) -> dict[str, Tensor]:

@@ -1,7 +1,7 @@
-"""A tiny world that stands in for the real one: drawn pictures, dialogues about them, a tokenizer and two small towers.
+"""A tiny world that stands in for the real one: drawn pictures, dialogues about them, a tokenizer, small towers.
 
-Every file has the format of the real thing, so `--size tiny` runs the very code of `--size 70b`. A picture shows one
-shape; a dialogue introduces one to three pictures over its rounds and asks about any of them.
+Every file has the format of the real thing, so `--size tiny` runs the very code of `--size 70b`. A picture shows
+one shape; a dialogue introduces one to three pictures over its rounds and asks about any of them.
 
     python shapes.py              draws data/tiny and examples/, in seconds
     python shapes.py --pretrain   makes weights/tiny anew: tokenizer, ViT and LLaMA, in minutes
@@ -27,7 +27,7 @@ from tqdm import tqdm
 from data import MARK, SYSTEM, Encoded, Round, collate, encode
 from llama import Llama, LlamaConfig, Tokenizer
 from mmca import IMAGE, TEXT, causal, mmca
-from vit import PREFIX, VisionConfig, VisionTransformer, pixels
+from vit import IN_CONFIG, PREFIX, VisionConfig, VisionTransformer, pixels
 from visualchat import IGNORE, whole_answers
 
 SIZES, COLORS = ["small", "big"], ["red", "orange", "yellow", "green", "blue", "purple"]
@@ -36,7 +36,7 @@ ATTRIBUTES = {"size": SIZES, "color": COLORS, "shape": SHAPES, "place": PLACES}
 COMPARING = ("any", "which", "same", "changed")
 KINDS = (*ATTRIBUTES, "describe", *COMPARING)
 WIDTHS = [len(values) for values in ATTRIBUTES.values()]
-Scene = tuple[str, str, str, str]           # what a picture shows, an attribute each: ("big", "red", "star", "left")
+Scene = tuple[str, str, str, str]           # what a picture shows: ("big", "red", "star", "left")
 HELD_OUT = {("red", "star"), ("orange", "circle"), ("yellow", "square"),    # pairs that visual tuning never sees
             ("green", "triangle"), ("blue", "star"), ("purple", "circle")}
 EXAMPLES = {"a.png": ("big", "red", "circle", "left"), "b.png": ("big", "blue", "circle", "left"),
@@ -47,8 +47,8 @@ STEPS = (1500, 1500)                        # of pre-training: ViT, LLaMA
 
 LLAMA = LlamaConfig(hidden_size=128, intermediate_size=336, num_hidden_layers=6, num_attention_heads=4,
                     num_key_value_heads=4, vocab_size=320, rope_theta=1000.0)
-VIT = VisionConfig(image_size=64, patch_size=8, width=96, layers=4, heads=4, mlp_width=384, output_dim=128, n_queries=4,
-                   grid=8)
+VIT = VisionConfig(image_size=64, patch_size=8, width=96, layers=4, heads=4, mlp_width=384, output_dim=128,
+                   n_queries=4, grid=8)
 
 
 # ---- pictures ----
@@ -63,8 +63,8 @@ def draw(scene: Scene, rng: random.Random, side: int = 224) -> Image.Image:
     """A picture of the scene, never twice the same: light, place, radius, turn and hue vary a little."""
     size, color, shape, place = scene
     light, big = rng.randint(170, 245), 2 * side                            # drawn at twice the size: smooth edges
-    shade = Image.linear_gradient("L").rotate(rng.choice([0, 90, 180, 270])).point(lambda value: light - value // 6)
-    picture = Image.merge("RGB", [shade.resize((big, big))] * 3)
+    shade = Image.linear_gradient("L").rotate(rng.choice([0, 90, 180, 270])).resize((big, big))
+    picture = Image.merge("RGB", [shade.point(lambda value: light - value // 6)] * 3)
     x, y = (big * (share + rng.uniform(-.04, .04)) for share in SPOT[place])
     radius = big * (rng.uniform(.18, .21) if size == "big" else rng.uniform(.08, .10))
     turn = rng.uniform(-.2, .2) + (math.pi / 4 if shape == "square" else 0)
@@ -132,7 +132,7 @@ def question(scenes: list[Scene], rng: random.Random) -> tuple[str, str, str]:
 
 
 def dialogue(n_images: int, n_rounds: int, rng: random.Random, allowed) -> tuple[list[Scene], list[tuple]]:
-    """Scenes, and rounds of (scenes introduced, kind, question, answer): half of the images come first, half later."""
+    """Scenes, and rounds of (scenes introduced, kind, question, answer); about half of the images come first."""
     starts = [0] + [rng.choice([0, rng.randrange(n_rounds // 2 + 1)]) for _ in range(n_images - 1)]
     scenes, rounds = [], []
     for i in range(n_rounds):
@@ -163,7 +163,7 @@ def unseen(scene: Scene) -> bool:
 
 
 def write_world(folder: Path, n_dialogues: int, seed: int, allowed=seen, n_rounds: int = 6):
-    """Pictures as COCO's folder has them and dialogues as LLaVA's files have them; one, two or three images each."""
+    """Pictures in COCO's folder and dialogues in LLaVA's files; a third each has one, two and three images."""
     rng = random.Random(seed)
     pictures = folder / "coco/train2017"
     pictures.mkdir(parents=True, exist_ok=True)
@@ -177,8 +177,10 @@ def write_world(folder: Path, n_dialogues: int, seed: int, allowed=seen, n_round
         turns = []
         for new, _, asked, answer in rounds:
             turns += [{"from": "human", "value": asked + f"\n{MARK}" * len(new)}, {"from": "gpt", "value": answer}]
-        file = "conversation_58k.json" if len(names) > 1 else ("detail_23k.json", "complex_reasoning_77k.json")[number % 2]
-        files[file].append({"id": f"{number:08d}", "image": names if len(names) > 1 else names[0], "conversations": turns})
+        several = len(names) > 1
+        file = "conversation_58k.json" if several else list(files)[number % 2]
+        record = {"id": f"{number:08d}", "image": names if several else names[0], "conversations": turns}
+        files[file].append(record)
     for name, records in files.items():
         write_json(folder / "llava" / name, records)
 
@@ -188,8 +190,8 @@ def write_world(folder: Path, n_dialogues: int, seed: int, allowed=seen, n_round
 def train_tokenizer(folder: Path) -> Tokenizer:
     """A sentencepiece model in LLaMA's format with a piece for every word of the world, bytes for all others.
 
-    The words are given, not learned: a learned vocabulary joins "1:" and "1?" to pieces of their own, and the language
-    model then never finds out that both mean the first image.
+    The words are given, not learned: a learned vocabulary makes "1:" and "1?" pieces of their own, and then the
+    language model never finds out that both mean the first image.
     """
     rng = random.Random(0)
     lines = [SYSTEM]
@@ -197,12 +199,13 @@ def train_tokenizer(folder: Path) -> Tokenizer:
         _, asked, answer = question([random_scene(rng, [], anything) for _ in range(count)], rng)
         lines.append(f"### Image {count}:\n### Question: {asked}\n### Answer: {answer}")
     lines += [value for values in ATTRIBUTES.values() for value in values]
-    pieces = {piece for line in lines for piece in re.findall(r"▁?(?:[A-Za-z]+|\d|###|[^\w▁\s])", "▁" + line.replace(" ", "▁"))}
+    text = "\n".join("▁" + line.replace(" ", "▁") for line in lines)         # sentencepiece writes ▁ for a space
+    pieces = set(re.findall(r"▁?(?:[A-Za-z]+|\d|###|[^\w▁\s])", text))
     folder.mkdir(parents=True, exist_ok=True)
     SentencePieceTrainer.train(
         sentence_iterator=iter(lines), model_prefix=str(folder / "tokenizer"), user_defined_symbols=sorted(pieces),
-        vocab_size=len(pieces) + 320, hard_vocab_limit=False, byte_fallback=True, normalization_rule_name="identity",
-        remove_extra_whitespaces=False, minloglevel=2)
+        vocab_size=len(pieces) + 320, hard_vocab_limit=False, byte_fallback=True, minloglevel=2,
+        normalization_rule_name="identity", remove_extra_whitespaces=False)
     (folder / "tokenizer.vocab").unlink()
     return Tokenizer(folder)
 
@@ -211,7 +214,8 @@ def train_tokenizer(folder: Path) -> Tokenizer:
 
 def targets(scenes: list[Scene]) -> Tensor:
     """Attributes of scenes as numbers (N, 4)."""
-    return torch.tensor([[values.index(value) for values, value in zip(ATTRIBUTES.values(), scene)] for scene in scenes])
+    return torch.tensor([[values.index(value) for values, value in zip(ATTRIBUTES.values(), scene)]
+                         for scene in scenes])
 
 
 def drawn(n: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -223,10 +227,11 @@ def drawn(n: int, seed: int) -> tuple[Tensor, Tensor]:
 
 
 def fit(modules: list[nn.Module], loss_of: Callable[[int], Tensor], steps: int, lr: float, name: str):
-    """AdamW on all parameters of the modules: a short warm-up, then a straight line down to zero."""
+    """AdamW on all parameters of the modules: 50 steps of warm-up; over the last 60 percent down to zero."""
     parameters = [p for module in modules for p in module.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr, (0.9, 0.98), weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min((step + 1) / 50, (steps - step) / (0.6 * steps), 1))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / 50, (steps - step) / (0.6 * steps), 1))
     for step in (bar := tqdm(range(steps), name)):
         loss = loss_of(step)
         optimizer.zero_grad()
@@ -246,7 +251,8 @@ def pretrain_vit(steps: int) -> VisionTransformer:
     def loss_of(step: int) -> Tensor:
         rows = torch.randint(len(images), (64,))
         tokens = vit(images[rows]).unbind(1)                                # four of (64, output_dim)
-        return sum(F.cross_entropy(head(token), target) for head, token, target in zip(heads, tokens, wanted[rows].T))
+        return sum(F.cross_entropy(head(token), target)
+                   for head, token, target in zip(heads, tokens, wanted[rows].T))
 
     fit([vit, heads], loss_of, steps, lr=1e-3, name="ViT")
     images, wanted = drawn(2000, seed=2)
@@ -262,16 +268,17 @@ def pretrain_vit(steps: int) -> VisionTransformer:
 # ---- pre-training LLaMA: four words in random order stand where image tokens will stand ----
 
 # Heads that make the tower bind and compare early on, and are dropped afterwards. Without them, questions about
-# several images stay at guessing for hundreds of steps. name: (after which layer they read, how many values they tell)
+# several images stay at guessing for hundreds of steps. name: (layer they read after, sizes of what they tell)
 HEADS = {"register": (1, [3, *WIDTHS]),     # first token after an image: its number and attributes
          "number": (2, WIDTHS),             # an image's number in a question: its attributes
-         "pair": (3, [2] * 4),              # the second number in a question: which attributes the two images share
+         "pair": (3, [2] * 4),              # the second number in a question: what the two images share
          "word": (3, [2] * 3)}              # an attribute in question or answer: which images have it
 
 
 def probes(encoded: Encoded, scenes: list[Scene], tokenizer: Tokenizer) -> Iterator[tuple[str, int, list[int]]]:
     """Where in a dialogue which head is asked, and what it should tell."""
-    pieces, numeric, shown, pair = [tokenizer.model.id_to_piece(id) for id in encoded.ids], targets(scenes).tolist(), 0, []
+    pieces = [tokenizer.model.id_to_piece(id) for id in encoded.ids]
+    numeric, shown, pair = targets(scenes).tolist(), 0, []
     for i, (piece, kind, label) in enumerate(zip(pieces, encoded.kind, encoded.labels)):
         word = piece.removeprefix("▁")
         if kind == TEXT and i and encoded.kind[i - 1] == IMAGE:
@@ -289,7 +296,7 @@ def probes(encoded: Encoded, scenes: list[Scene], tokenizer: Tokenizer) -> Itera
 
 
 def text_batch(rng: random.Random, tokenizer: Tokenizer, most_images: int, n: int, n_rounds: int):
-    """A batch (data.collate) of n dialogues with words for image tokens; its probes; (kind, images shown) per question."""
+    """A batch of n dialogues with words for image tokens, its probes, and (kind, images shown) per question."""
     rows, asked, kinds = [], [], []
     for row in range(n):
         scenes, rounds = dialogue(min(most_images, rng.choice([1, 2, 3, 3])), n_rounds, rng, anything)
@@ -328,7 +335,8 @@ def reading(llama: Llama, tokenizer: Tokenizer, n: int) -> dict[str, dict[str, l
     for i in range(n // 50):
         batch, _, kinds = text_batch(rng, tokenizer, 1 if i % 4 == 0 else 3, 50, n_rounds=6)
         logits, target = predict(llama, batch)
-        for (kind, shown), right in zip(kinds, whole_answers(batch["labels"], logits.argmax(-1) == target).tolist()):
+        right = whole_answers(batch["labels"], logits.argmax(-1) == target).tolist()
+        for (kind, shown), right in zip(kinds, right):
             table["one image" if shown == 1 else "several"].setdefault(kind, []).append(right)
     return table
 
@@ -374,16 +382,18 @@ def pretrain_llama(tokenizer: Tokenizer, steps: int) -> Llama:
 
 def write_llama(llama: Llama, folder: Path):
     """config.json and FP16 safetensors in two shards with their index, as LLaMA-2 is published."""
-    tensors = {name if name.startswith("lm_head") else f"model.{name}": t.half() for name, t in llama.state_dict().items()}
-    weight_map = {name: f"model-0000{1 + (i >= len(tensors) // 2)}-of-00002.safetensors" for i, name in enumerate(tensors)}
+    tensors = {name if name.startswith("lm_head") else f"model.{name}": tensor.half()
+               for name, tensor in llama.state_dict().items()}
+    weight_map = {name: f"model-0000{1 + 2 * i // len(tensors)}-of-00002.safetensors"
+                  for i, name in enumerate(tensors)}
     for file in set(weight_map.values()):
         save_file({name: tensors[name] for name, where in weight_map.items() if where == file}, folder / file,
                   metadata={"format": "pt"})
-    size = sum(t.numel() * t.element_size() for t in tensors.values())
-    write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": size}, "weight_map": weight_map})
-    write_json(folder / "config.json", {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
-                                        "bos_token_id": 1, "eos_token_id": 2, "tie_word_embeddings": False,
-                                        "torch_dtype": "float16", **asdict(llama.config)})
+    size = {"total_size": sum(2 * tensor.numel() for tensor in tensors.values())}
+    write_json(folder / "model.safetensors.index.json", {"metadata": size, "weight_map": weight_map})
+    fixed = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "bos_token_id": 1,
+             "eos_token_id": 2, "tie_word_embeddings": False, "torch_dtype": "float16"}
+    write_json(folder / "config.json", fixed | asdict(llama.config))
 
 
 def write_vit(vit: VisionTransformer, folder: Path):
@@ -391,7 +401,7 @@ def write_vit(vit: VisionTransformer, folder: Path):
     folder.mkdir(parents=True, exist_ok=True)
     save_file({PREFIX + name: t.half() for name, t in vit.state_dict().items()}, folder / "model.safetensors",
               metadata={"format": "pt"})
-    sizes = {name: getattr(VIT, name) for name in ("image_size", "patch_size", "width", "layers", "heads", "output_dim")}
+    sizes = {name: getattr(VIT, name) for name in IN_CONFIG}
     write_json(folder / "config.json", {"visual": {**sizes, "mlp_ratio": VIT.mlp_width / VIT.width}})
 
 

@@ -207,38 +207,39 @@ def evaluate(engine, batches: DataLoader) -> tuple[float, float]:
 
 # ---- the exam of the tiny world ----
 
-def ask(model: VisualChat, tokenizer: Tokenizer, conversations: list, blind: bool) -> Iterator[tuple[str, str, bool]]:
+def ask(engine, tokenizer: Tokenizer, conversations: list, blind: bool) -> Iterator[tuple[str, str, bool]]:
     """(images shown, kind, right word for word) for every question, after the true rounds before it.
 
     Answers are decoded greedily, 64 at a time, with the KV cache. Blind: every picture is replaced by a grey one.
     """
-    vision = model.vit.config
+    model, vision = engine.module, engine.module.vit.config
     asked = [(rounds, i) for rounds in conversations for i in range(len(rounds))]
     for part in (asked[i:i + 64] for i in range(0, len(asked), 64)):
         prompts = ([*rounds[:i], replace(rounds[i], answer=None)] for rounds, i in part)
-        batch = collate([tensors(encode(rounds, tokenizer, vision.n_queries), vision.image_size) for rounds in prompts])
+        rows = [tensors(encode(rounds, tokenizer, vision.n_queries), vision.image_size) for rounds in prompts]
+        batch = on_device(collate(rows), engine)
         images = batch["images"] * (not blind)                  # zero is grey: pixels are normalised
-        said = torch.stack(list(model.generate(batch["ids"], batch["kind"], images, max_new_tokens=12)), 1).tolist()
-        for (rounds, i), ids in zip(part, said):                # said: 64 × 12
+        said = torch.stack([*model.generate(batch["ids"], batch["kind"], images, max_new_tokens=12)], dim=1)
+        for (rounds, i), ids in zip(part, said.tolist()):
             text = tokenizer.decode(ids[:ids.index(tokenizer.eos)] if tokenizer.eos in ids else ids)
             shown = sum(len(turn.images) for turn in rounds[:i + 1])
             yield "one" if shown == 1 else "several", shapes.kind_of(rounds[i].question), text == rounds[i].answer
 
 
-def exam(model: VisualChat, tokenizer: Tokenizer, data: Path, n: int) -> list[dict]:
-    """Rows for eval.csv: exact match per kind of question, and blind, in n dialogues of each of shapes' test sets."""
+def exam(engine, tokenizer: Tokenizer, data: Path, n: int) -> list[dict]:
+    """Rows of eval.csv: exact match per kind of question, and blind, in n dialogues of each test set."""
     rows = []
     for test in shapes.TESTS:
         conversations = read(data / test, ["llava", "llava_dial"])
         conversations = conversations[::max(1, len(conversations) // n)]
-        sighted, blind = (list(ask(model, tokenizer, conversations, blind)) for blind in (False, True))
+        sighted, blind = (list(ask(engine, tokenizer, conversations, blind)) for blind in (False, True))
         for images in ("one", "several"):
             for kind in ("all", *shapes.KINDS):
                 found = [(a[2], b[2]) for a, b in zip(sighted, blind) if a[0] == images and kind in ("all", a[1])]
                 if found:
-                    exact, grey = (sum(right) / len(found) for right in zip(*found))
-                    rows.append(dict(test=test, images=images, kind=kind, questions=len(found), exact=round(exact, 4),
-                                     blind=round(grey, 4)))
+                    exact, grey = (round(sum(right) / len(found), 4) for right in zip(*found))
+                    rows.append(dict(test=test, images=images, kind=kind, questions=len(found), exact=exact,
+                                     blind=grey))
     return rows
 
 
@@ -339,11 +340,11 @@ def run(options: Options):
             draw_curve(rows, out / "loss.png")
     bar.close()
     if options.size == "tiny" and options.exam:
-        table = exam(engine.module, tokenizer, Path(options.data), options.exam)    # ZeRO-3: all ranks must run it
+        table = exam(engine, tokenizer, Path(options.data), options.exam)    # under ZeRO-3 all ranks must run it
         if main_rank:
             write_csv(table, out / "eval.csv")
-            print(*("  ".join(f"{value:<10}" for value in line) for line in [table[0], *(row.values() for row in table)]),
-                  sep="\n")
+            for line in (table[0], *(row.values() for row in table)):
+                print("  ".join(f"{value:<11}" for value in line))
     if main_rank:
         print(f"{out} holds trained.safetensors, config.json, log.csv and loss.png; talk to it with\n"
               f"    python chat.py examples/a.png examples/b.png")

@@ -13,7 +13,7 @@ from sentencepiece import SentencePieceTrainer
 from data import SYSTEM, Round, collate, encode, tensors
 from llama import Llama, LlamaConfig, Tokenizer
 from visualchat import ModelConfig, build, whole_answers
-from vit import PREFIX, VisionConfig, VisionTransformer
+from vit import IN_CONFIG, PREFIX, VisionConfig, VisionTransformer
 
 VIT = VisionConfig(image_size=16, patch_size=8, width=16, layers=2, heads=2, mlp_width=32, output_dim=128,
                    n_queries=4, grid=2)
@@ -37,12 +37,12 @@ def config(tmp_path_factory) -> ModelConfig:
     words = Tokenizer(llama).model.get_piece_size()
     sizes = LlamaConfig(64, 96, 2, 4, 2, vocab_size=words, max_position_embeddings=512)
     (llama / "config.json").write_text(json.dumps({"model_type": "llama"} | vars(sizes)))
-    visual = {name: vars(VIT)[name] for name in ("image_size", "patch_size", "width", "layers", "heads", "output_dim")}
+    visual = {name: vars(VIT)[name] for name in IN_CONFIG}
     (vit / "config.json").write_text(json.dumps({"visual": visual}))
     torch.manual_seed(0)
     for folder, tower, prefix in ((llama, Llama(sizes), "model."), (vit, VisionTransformer(VIT), PREFIX)):
-        weights = {name if name == "lm_head.weight" else prefix + name: torch.randn_like(t) * 0.2 if t.ndim > 1 else t
-                   for name, t in tower.state_dict().items()}
+        weights = {name if name == "lm_head.weight" else prefix + name:
+                   torch.randn_like(t) * 0.2 if t.ndim > 1 else t for name, t in tower.state_dict().items()}
         if "lm_head.weight" in weights:
             weights["lm_head.weight"][2] *= 4                   # so that untrained answers end now and then
         save_file(weights, folder / "model.safetensors")

@@ -1,4 +1,4 @@
-"""Claims about chat.py: the cache, images on the way, streaming, what a line means, a program without deepspeed."""
+"""Claims about chat.py: the cache, images on the way, streaming, what a line means, no need of deepspeed."""
 import ast
 import io
 import os
@@ -137,7 +137,7 @@ def test_a_full_context_is_refused_and_leaves_the_conversation_as_it_was(chat, p
 @pytest.mark.parametrize("text", ["A cat.", "é 猫 🐈 x", "🐈🐈", "  two\n", ""])
 def test_pieces_join_to_the_answer_and_hold_whole_characters(chat, text):
     ids = [*chat.tokenizer.encode(text), chat.tokenizer.eos]
-    chat.model.generate = lambda *_: (torch.tensor([i]) for i in ids)          # a character takes up to four tokens
+    chat.model.generate = lambda *_: (torch.tensor([i]) for i in ids)      # a character takes up to four
     pieces = list(chat.ask("?"))
     assert "".join(pieces) == text and not any("\ufffd" in piece for piece in pieces)
     assert chat.ids[-len(ids):] == ids
@@ -192,7 +192,8 @@ def test_a_bad_line_is_explained_and_the_conversation_goes_on(chat, pictures, tm
     chat.model.generate = lambda *args: islice(generate(*args), 3)
     (tmp_path / "bad.png").write_text("no picture")
     a, b = pictures[:2]
-    lines = ["", str(b), f"Is {tmp_path}/none.png ?", f"Is {tmp_path}/bad.png ?", "What is it?", "Now?", "/new", "Hi?"]
+    lines = ["", str(b), f"Is {tmp_path}/none.png ?", f"Is {tmp_path}/bad.png ?", "What is it?", "Now?", "/new",
+             "Hi?"]
     monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines) + "\n"))
     talked = []
     monkeypatch.setattr(program, "Chat", lambda *args: talked.append(Chat(*args)) or talked[-1])
@@ -212,7 +213,8 @@ def test_the_program_answers_where_deepspeed_cannot_be_imported(overfitted, conf
 
     def python(*args):
         environment = os.environ | {"PYTHONPATH": str(tmp_path / "stub")}
-        return subprocess.run([sys.executable, *args], cwd=tmp_path, capture_output=True, text=True, env=environment)
+        return subprocess.run([sys.executable, *args], cwd=tmp_path, env=environment, capture_output=True,
+                              text=True)
 
     assert "no deepspeed here" in python("-c", "import deepspeed").stderr
     done = python(ROOT / "chat.py", "--question", "What is it?", "--question", f'What is image 1? "{c}"')

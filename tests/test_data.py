@@ -107,13 +107,14 @@ def record(*turns, **extra):
 
 @pytest.fixture
 def folder(tmp_path):
-    """A function that writes a data folder with these contents of detail_23k.json and nothing in the other files."""
+    """A function that writes a data folder with this content of detail_23k.json and nothing in other files."""
     def write(content):
         (tmp_path / "coco/train2017").mkdir(parents=True)
         (tmp_path / "llava").mkdir()
         for name in ("detail_23k", "complex_reasoning_77k", "conversation_58k"):
             (tmp_path / f"llava/{name}.json").write_text("[]")
-        (tmp_path / "llava/detail_23k.json").write_text(content if isinstance(content, str) else json.dumps(content))
+        text = content if isinstance(content, str) else json.dumps(content)
+        (tmp_path / "llava/detail_23k.json").write_text(text)
         return tmp_path
     return write
 
@@ -121,7 +122,8 @@ def folder(tmp_path):
 def test_records_become_rounds_in_order(folder):
     data = folder([record("<image>\nWhat is\nthis?", " A cat.\n", "Sure?", "Yes."),
                    record("And this?\n<image>", "A dog.", image="b.jpg"),
-                   record("<image><image> Same?", "No.", "<image>\nNow?", "Yes.", image=["a.jpg", "b.jpg", "c.jpg"]),
+                   record("<image><image> Same?", "No.", "<image>\nNow?", "Yes.",
+                          image=["a.jpg", "b.jpg", "c.jpg"]),
                    record("No picture?", "None.", image=[])])
     a, b, c = ((data / "coco/train2017" / f"{name}.jpg").resolve() for name in "abc")
     assert read(data, ["llava_dial", "llava"]) == [
@@ -183,7 +185,8 @@ def test_a_split_is_a_tenth_and_the_seed_decides_which():
 
 
 def test_shorter_rows_are_padded_and_images_stay_in_order(tokenizer, pictures):
-    turns = [Round((), "Q?", "A."), Round(tuple(pictures[:2]), "Which?", "This."), Round((pictures[2],), "Q?", "A.")]
+    turns = [Round((), "Q?", "A."), Round(tuple(pictures[:2]), "Which?", "This."),
+             Round((pictures[2],), "Q?", "A.")]
     encoded = [encode([turn], tokenizer, N) for turn in turns]
     batch = collate([tensors(x, 16) for x in encoded])
     longest = max(len(x.ids) for x in encoded)

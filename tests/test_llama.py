@@ -1,4 +1,4 @@
-"""Claims about llama.py: transformers' logits, the cache, padding, the official sizes and names, strict loading."""
+"""Claims about llama.py: transformers' logits, the cache, padding, official sizes and names, strict loading."""
 import io
 import json
 import os
@@ -85,7 +85,8 @@ def test_the_cache_equals_the_full_forward(attention, chunks):
 
 
 @both
-@pytest.mark.parametrize("places", [slice(4, 10), slice(0, 6), [0, 1, 4, 5, 7, 9]], ids=["left", "right", "middle"])
+@pytest.mark.parametrize("places", [slice(4, 10), slice(0, 6), [0, 1, 4, 5, 7, 9]],
+                         ids=["left", "right", "middle"])
 def test_padding_changes_nothing(attention, places):
     model, x, kind = tiny(attention), torch.randn(1, 6, 48), torch.tensor([[TEXT, IMAGE, IMAGE, TEXT, TEXT, TEXT]])
     padded, padded_kind = torch.randn(1, 10, 48), torch.full((1, 10), PAD)
@@ -119,7 +120,8 @@ def test_rope_is_precise_at_the_last_position_of_a_float16_model():
 def folder(tmp_path):
     """A function that writes a tiny official folder, with changes to its tensors and its config.json."""
     def write(tensors=None, config=None):
-        weights = {name if name == "lm_head.weight" else f"model.{name}": t for name, t in tiny().state_dict().items()}
+        weights = {name if name == "lm_head.weight" else f"model.{name}": t
+                   for name, t in tiny().state_dict().items()}
         weights = {name: t for name, t in (weights | (tensors or {})).items() if t is not None}
         save_file(weights, tmp_path / "model.safetensors")
         found = {"model_type": "llama"} | vars(TINY) | (config or {})
@@ -231,7 +233,8 @@ def tokenizer(tmp_path_factory):
     return Tokenizer(folder)
 
 
-@pytest.mark.parametrize("text", ["Please describe the image.", "two  spaces\n", " über 猫 🐈\t", "", "<s> </s> <unk>"])
+@pytest.mark.parametrize("text", ["Please describe the image.", "two  spaces\n", " über 猫 🐈\t", "",
+                                  "<s> </s> <unk>"])
 def test_text_makes_a_round_trip(tokenizer, text):
     assert tokenizer.decode(tokenizer.encode(text)) == text
 

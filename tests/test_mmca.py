@@ -1,4 +1,4 @@
-"""Claims about mmca.py: golden outputs, a naive float64 loop, leaks, padding, the cache, half precision, Figure 4."""
+"""Claims about mmca.py: golden outputs, a float64 loop, leaks, padding, the cache, half precision, Figure 4."""
 import subprocess
 import sys
 from pathlib import Path
@@ -155,7 +155,7 @@ def test_no_allowed_key_gives_zeros():
 def test_half_precision_survives_large_values(attention, dtype):
     *qkv, kind = inputs(MIXED, d=128)
     q, k, v = (x.to(dtype) for x in qkv)
-    q, k = q.sign() * 100, q.sign()[:, ::2] * 100 + k           # a query's own score is about 113,000, above float16
+    q, k = q.sign() * 100, q.sign()[:, ::2] * 100 + k       # a query's own score, 113,000, is above float16
     out = attention(q, k, v, kind)
     assert out.dtype == dtype and out.isfinite().all()
     expected = attention(q.float(), k.float(), v.float(), kind)
@@ -192,7 +192,8 @@ def test_figure_4_is_the_paper_s():
 
 
 def run(*args):
-    return subprocess.run([sys.executable, ROOT / "mmca.py", *args], capture_output=True, text=True, check=True).stdout
+    command = [sys.executable, ROOT / "mmca.py", *args]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def test_the_command_prints_plain_digits_into_a_pipe():

@@ -33,7 +33,8 @@ def right_answer(question: str, scenes: list) -> str:
     if question.startswith("Is any"):
         return "yes" if any(question.rstrip("?").split()[-1] in scene for scene in scenes) else "no"
     if question.startswith("Which"):
-        return " ".join(f"image {i}" for i, scene in enumerate(scenes, 1) if question.rstrip("?").split()[-1] in scene)
+        value = question.rstrip("?").split()[-1]
+        return " ".join(f"image {i}" for i, scene in enumerate(scenes, 1) if value in scene)
     place = 3 if question.startswith("Where") else ("size", "color", "shape").index(question.split()[1])
     return scenes[numbers[0]][place]
 
@@ -66,7 +67,7 @@ def test_held_out_pairs_are_in_one_world_alone():
     scenes = list(product(*shapes.ATTRIBUTES.values()))
     held_out = [scene for scene in scenes if not shapes.seen(scene)]
     assert len(scenes) == 240 and len(held_out) == 60
-    assert {value for scene in held_out for value in scene} == {v for values in shapes.ATTRIBUTES.values() for v in values}
+    assert {value for scene in held_out for value in scene} == {value for scene in scenes for value in scene}
     rng = random.Random(0)
     for _ in range(200):
         assert all(map(shapes.seen, shapes.dialogue(3, 6, rng, shapes.seen)[0]))
@@ -89,7 +90,7 @@ def test_the_same_seed_draws_the_same_files_and_another_seed_others(world, tmp_p
 
 
 def test_the_world_is_read_as_llava_is(world):
-    assert all(len(turns[0].images) == 1 and not any(turn.images for turn in turns[1:]) for turns in read(world, ["llava"]))
+    assert all([len(turn.images) for turn in turns] == [1, 0, 0, 0, 0, 0] for turns in read(world, ["llava"]))
     several = read(world, ["llava_dial"])
     assert {sum(len(turn.images) for turn in turns) for turns in several} == {2, 3}
     assert len(read(world, ["llava", "llava_dial"])) == 60
@@ -115,7 +116,8 @@ def test_pictures_of_one_scene_differ():
 def test_every_word_is_one_token_and_digits_are_stable():
     tokenizer = Tokenizer(WEIGHTS / "llama")
     words = tokenizer.model.encode_as_pieces("Which image is red?\n### Image 1: 1? 2.")
-    assert words == ["▁Which", "▁image", "▁is", "▁red", "?", "<0x0A>", "###", "▁Image", "▁1", ":", "▁1", "?", "▁2", "."]
+    assert words == ["▁Which", "▁image", "▁is", "▁red", "?",
+                     "<0x0A>", "###", "▁Image", "▁1", ":", "▁1", "?", "▁2", "."]
     assert (tokenizer.bos, tokenizer.eos) == (1, 2)
     assert tokenizer.decode(tokenizer.encode("zebra — ü")) == "zebra — ü"
 
@@ -143,7 +145,8 @@ def test_a_linear_probe_reads_all_attributes_from_the_shipped_vit():
     vit = VisionTransformer.from_pretrained(WEIGHTS / "vit", torch.float32)
     right = []
     with torch.no_grad():
-        (seen, wanted), (fresh, told) = ((vit(images), values) for images, values in (shapes.drawn(1200, 11), shapes.drawn(400, 12)))
+        (seen, wanted), (fresh, told) = ((vit(images), values) for images, values
+                                         in (shapes.drawn(1200, 11), shapes.drawn(400, 12)))
     for i, width in enumerate(shapes.WIDTHS):                   # a fit on 1,200 pictures, read on 400 others
         x, y = (torch.cat((features[:, i], torch.ones(len(features), 1)), dim=1) for features in (seen, fresh))
         fit = torch.linalg.lstsq(x, torch.nn.functional.one_hot(wanted[:, i], width).float()).solution
@@ -154,5 +157,7 @@ def test_a_linear_probe_reads_all_attributes_from_the_shipped_vit():
 def test_the_shipped_llama_reads_written_scenes():
     llama = Llama.from_pretrained(WEIGHTS / "llama", dtype=torch.float32)
     table = shapes.reading(llama, Tokenizer(WEIGHTS / "llama"), 400)
-    one, several = ([right for answers in table[group].values() for right in answers] for group in ("one image", "several"))
-    assert sum(one) / len(one) >= 0.98 and sum(several) / len(several) >= 0.95
+    for group, bar in (("one image", 0.98), ("several", 0.95)):
+        right = [right for answers in table[group].values() for right in answers]
+        assert sum(right) / len(right) >= bar
+        assert all(sum(answers) / len(answers) >= 0.85 for answers in table[group].values())

@@ -29,7 +29,7 @@ def world(tmp_path_factory) -> Path:
 
 
 def launch(world: Path, *command: str, path: str = "") -> str:
-    """Run a command in the folder, with only `path` to find programs on where that is given; returns what it printed."""
+    """Run a command in the folder, with `path` alone to find programs on, if given; returns what it printed."""
     settings = {**os.environ, "PYTHONPATH": str(ROOT), "PATH": path or os.environ["PATH"]}
     done = subprocess.run(command, cwd=world, env=settings, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -86,13 +86,13 @@ def test_only_what_is_trained_changes_and_is_saved(world, reference, monkeypatch
 def test_the_launcher_starts_without_compiler_ninja_or_mpi(world, tmp_path):
     programs = tmp_path / "bin"
     programs.mkdir()
-    for name in ("python3", "deepspeed"):
-        found = shutil.which(name, path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
-        (programs / name).write_text(f'#!/bin/sh\nexec "{sys.executable}" ' + (f'"{found}" ' if name == "deepspeed" else "") + '"$@"\n')
+    launcher = shutil.which("deepspeed", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    for name, script in (("python3", ""), ("deepspeed", f'"{launcher}"')):
+        (programs / name).write_text(f'#!/bin/sh\nexec "{sys.executable}" {script} "$@"\n')
         (programs / name).chmod(0o755)
     (programs / "sh").symlink_to("/bin/sh")
-    printed = launch(world, str(programs / "deepspeed"), SCRIPT, "--epochs", "1", "--out", "out/bare", "--exam", "12",
-                     path=str(programs))
+    printed = launch(world, str(programs / "deepspeed"), SCRIPT, "--epochs", "1", "--exam", "12",
+                     "--out", "out/bare", path=str(programs))
     assert "exact match" in printed and "test_unseen" in printed
     with open(world / "out/bare/eval.csv") as file:
         rows = [row for row in csv.DictReader(file) if row["kind"] == "all"]
@@ -116,12 +116,14 @@ def test_the_schedule_rises_for_a_tenth_and_falls_to_zero():
     assert shares[110] == pytest.approx(0.5)
 
 
-@pytest.mark.parametrize("ranks, batch, wanted, found", [(1, 16, 0, 16), (2, 16, 0, 8), (3, 48, 0, 16), (1, 40, 0, 10), (2, 16, 4, 4)])
+@pytest.mark.parametrize("ranks, batch, wanted, found",
+                         [(1, 16, 0, 16), (2, 16, 0, 8), (3, 48, 0, 16), (1, 40, 0, 10), (2, 16, 4, 4)])
 def test_micro_batches_make_up_the_batch(monkeypatch, ranks, batch, wanted, found):
     monkeypatch.setattr(train.dist, "get_world_size", lambda: ranks)
     options = train.for_size(train.Options(batch=batch, micro_batch=wanted))
     assert train.micro_batch(options) == found
-    assert batch == found * ranks * train.deepspeed_config(replace(options, micro_batch=found))["gradient_accumulation_steps"]
+    config = train.deepspeed_config(replace(options, micro_batch=found))
+    assert batch == found * ranks * config["gradient_accumulation_steps"]
 
 
 def test_a_batch_that_ranks_cannot_share_is_refused(monkeypatch):

@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from data import collate
 from mmca import IMAGE, TEXT
-from visualchat import CONFIG, IGNORE, TRAINED, ModelConfig, build, find, load, readable, save, towers, whole_answers
+from visualchat import (CONFIG, IGNORE, TRAINED, ModelConfig, build, find, load, readable, save, towers,
+                        whole_answers)
 
 NAMES = {"projection.weight", "projection.bias", "llama.embed_tokens.weight"}
 
@@ -180,7 +181,7 @@ def from_scratch(model, row, n):
 def test_generated_tokens_are_the_likeliest_of_a_full_forward_pass(model, rows):
     found = generated(model, questions(rows), 8)
     assert torch.equal(found, torch.stack([from_scratch(model, row, 8) for row in rows]))
-    assert len(found.unique()) > 8                              # not one token over and over, whatever comes before
+    assert len(found.unique()) > 8          # not one token over and over, whatever comes before
 
 
 def test_the_caller_can_stop_and_the_context_ends(model, rows):
@@ -192,7 +193,7 @@ def test_the_caller_can_stop_and_the_context_ends(model, rows):
 
 def test_two_rounds_with_one_cache_equal_the_whole_at_once(model, rows):
     first, second, cache = questions([rows[0], rows[2]]), questions([rows[2], rows[3]]), {}
-    said = generated(model, first, 5, cache)                    # row 0 begins with two images, row 1 gets one later
+    said = generated(model, first, 5, cache)                # row 0 begins with two images, row 1 gets one later
     ids = torch.cat((first["ids"], said, second["ids"]), dim=1)
     kind = torch.cat((first["kind"], torch.full_like(said, TEXT), second["kind"]), dim=1)
     whole = {"ids": ids, "kind": kind, "images": torch.cat((first["images"], second["images"]))}
@@ -222,7 +223,8 @@ def test_saving_and_loading_gives_the_same_model(overfitted, config, tmp_path):
     ids=["missing", "extra", "shape"])
 def test_loading_is_strict(model, config, tmp_path, change, message):
     save(tmp_path, trained(model), config)
-    save_file({name: t.detach() for name, t in (trained(model) | change).items() if t is not None}, tmp_path / TRAINED)
+    changed = {name: t.detach() for name, t in (trained(model) | change).items() if t is not None}
+    save_file(changed, tmp_path / TRAINED)
     with pytest.raises(ValueError, match=message):
         load(tmp_path)
 

@@ -1,4 +1,4 @@
-"""Claims about vit.py: golden features, the official names and shapes, both folder formats, pictures of every kind."""
+"""Claims about vit.py: golden features, official names and shapes, both folder formats, pictures of every kind."""
 import io
 import json
 import shutil
@@ -62,7 +62,8 @@ def test_attention_is_torch_s_with_heads_regrouped():
     def regroup(t):                                             # (heads, 3, D) to torch's [q; k; v]
         return t.unflatten(0, (heads, 3, -1)).transpose(0, 1).flatten(0, 2)
 
-    theirs.load_state_dict({"in_proj_weight": regroup(ours.in_proj.weight), "in_proj_bias": regroup(ours.in_proj.bias),
+    theirs.load_state_dict({"in_proj_weight": regroup(ours.in_proj.weight),
+                            "in_proj_bias": regroup(ours.in_proj.bias),
                             "out_proj.weight": ours.out_proj.weight, "out_proj.bias": ours.out_proj.bias})
     x = torch.randn(2, 7, width)
     torch.testing.assert_close(ours(x), theirs(x, x, x)[0], atol=1e-5, rtol=1e-5)
@@ -200,7 +201,8 @@ def test_transparency_lies_on_white_and_every_mode_becomes_rgb(image, options, e
 
 
 def test_a_cmyk_jpeg_keeps_its_colour():
-    assert all(abs(a - b) < 4 for a, b in zip(colour(flat("CMYK", (0, 255, 255, 0)), "JPEG", quality=100), (255, 0, 0)))
+    found = colour(flat("CMYK", (0, 255, 255, 0)), "JPEG", quality=100)
+    assert all(abs(a - b) < 4 for a, b in zip(found, (255, 0, 0)))
 
 
 @pytest.mark.parametrize("format", ["PNG", "TIFF"])
