@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from sentencepiece import SentencePieceProcessor
 from torch import Tensor, nn
 
-from mmca import PAD, mmca
+from mmca import PAD, fused_mmca
 
 
 @dataclass(frozen=True)
@@ -207,7 +207,7 @@ def load_strictly(module: nn.Module, tensors: dict[str, Tensor], source: Path, d
 class Llama(nn.Module):
     """The decoder. `embed_tokens` and `lm_head` are for the caller, before and after `forward`."""
 
-    def __init__(self, config: LlamaConfig, attention: Callable = mmca):
+    def __init__(self, config: LlamaConfig, attention: Callable = fused_mmca):
         super().__init__()
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
@@ -229,7 +229,7 @@ class Llama(nn.Module):
         return self.norm(x)
 
     @classmethod
-    def from_pretrained(cls, folder: Path | str, attention: Callable = mmca, dtype=None, device="cpu") -> "Llama":
+    def from_pretrained(cls, folder: Path | str, attention: Callable = fused_mmca, dtype=None, device="cpu") -> "Llama":
         """A LLaMA-2 from an official `-hf` folder: config.json, safetensors (or pickled) shards with their index.
 
         Raises FileNotFoundError for absent files and ValueError for a model that is not a LLaMA-2 or does not fit.

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from data import MARK, SYSTEM, Encoded, Round, collate, encode
 from llama import Llama, LlamaConfig, Tokenizer
-from mmca import IMAGE, TEXT, causal, mmca
+from mmca import ATTENTION, IMAGE, TEXT
 from vit import IN_CONFIG, PREFIX, VisionConfig, VisionTransformer, pixels
 from visualchat import IGNORE, whole_answers
 
@@ -365,16 +365,16 @@ def pretrain_llama(tokenizer: Tokenizer, steps: int) -> Llama:
              for i, layer in enumerate(llama.layers)]
 
     def loss_of(step: int) -> Tensor:
-        attend(llama, rng.choice([mmca, causal]))
+        attend(llama, rng.choice(list(ATTENTION.values())))
         batch, asked, _ = text_batch(rng, tokenizer, 1 if step < 100 else 3, n=16, n_rounds=8)
         return F.cross_entropy(*predict(llama, batch)) + head_loss(heads, states, asked)
 
     fit([llama, heads], loss_of, steps, lr=2e-3, name="LLaMA")
     for hook in hooks:
         hook.remove()
-    for attention in (mmca, causal):
+    for name, attention in ATTENTION.items():
         attend(llama, attention)
-        report(f"LLaMA, {attention.__name__}, written scenes", reading(llama, tokenizer, 2000))
+        report(f"LLaMA, {name}, written scenes", reading(llama, tokenizer, 2000))
     return llama
 
 

@@ -11,23 +11,15 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from llama import Llama, LlamaConfig
-from mmca import ATTENTION, FIGURE_4, IMAGE, PAD, TEXT, causal, draw, figure_4, masked_softmax, mmca
+from mmca import FIGURE_4, IMAGE, PAD, TEXT, causal, draw, figure_4, fused_mmca, masked_softmax, mmca
 
 ROOT = Path(__file__).parent.parent
 GOLDEN = Path(__file__).parent / "golden"
 MIXED = [PAD, TEXT, IMAGE, IMAGE, TEXT, PAD, TEXT, IMAGE, TEXT, PAD]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Tiny tensors: on a busy machine threads would only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-both = pytest.mark.parametrize("attention", ATTENTION.values(), ids=ATTENTION)
+every = pytest.mark.parametrize("attention", [mmca, fused_mmca, causal])
+forms = pytest.mark.parametrize("attention", [mmca, fused_mmca])
 layouts = st.lists(st.sampled_from([PAD, TEXT, IMAGE]), min_size=1, max_size=14)
 heads = st.sampled_from([(4, 4), (4, 2), (6, 2), (3, 1)])
 
@@ -63,14 +55,15 @@ def naive(q, k, v, kind, together):
     return out
 
 
-def test_golden_outputs():
+@forms
+def test_golden_outputs(attention):
     g = load_file(GOLDEN / "mmca_open.safetensors")
     rows = g["valid"] == 1
-    out = mmca(g["q"], g["k"], g["v"], g["kind"])
+    out = attention(g["q"], g["k"], g["v"], g["kind"])
     torch.testing.assert_close(out.transpose(1, 2)[rows], g["out"].transpose(1, 2)[rows], atol=1e-5, rtol=0)
 
 
-@both
+@every
 @settings(deadline=None, max_examples=60)
 @given(kinds=layouts, heads=heads, seed=st.integers(0, 99))
 def test_equals_a_naive_loop(attention, kinds, heads, seed):
@@ -79,7 +72,23 @@ def test_equals_a_naive_loop(attention, kinds, heads, seed):
     torch.testing.assert_close(attention(*args).double(), expected, atol=1e-5, rtol=1e-5)
 
 
-@both
+@settings(deadline=None, max_examples=200)
+@given(kinds=layouts, heads=heads, seed=st.integers(0, 99), data=st.data())
+def test_the_fused_form_equals_the_written_one_in_values_and_gradients(kinds, heads, seed, data):
+    past = data.draw(st.integers(0, len(kinds) - 1))
+    *qkv, kind = inputs(kinds, *heads, seed=seed)
+    qkv[0] = qkv[0][:, :, past:]
+    found = []
+    for attention in (mmca, fused_mmca):
+        leaves = [x.clone().requires_grad_() for x in qkv]
+        out = attention(*leaves, kind, past)
+        out.square().sum().backward()
+        found.append((out, [x.grad for x in leaves]))
+    torch.testing.assert_close(found[1][0], found[0][0], atol=1e-5, rtol=0)
+    torch.testing.assert_close(found[1][1], found[0][1], atol=1e-4, rtol=0)
+
+
+@every
 @pytest.mark.parametrize("new", [TEXT, IMAGE, PAD])
 def test_future_tokens_do_not_leak(attention, new):
     for t in range(1, len(MIXED)):
@@ -97,20 +106,22 @@ def test_text_before_any_image_is_causal():
     torch.testing.assert_close(mmca(q, k, v, kind)[:, :, :5], alone, atol=1e-6, rtol=0)
 
 
-def test_an_image_token_returns_its_own_value():
+@forms
+def test_an_image_token_returns_its_own_value(attention):
     q, k, v, kind = inputs(MIXED)
     image = kind[0] == IMAGE
-    assert torch.equal(mmca(q * 20, k * 20, v, kind)[:, :, image], v.repeat_interleave(2, dim=1)[:, :, image])
+    own = v.repeat_interleave(2, dim=1)[:, :, image]
+    assert torch.equal(attention(q * 20, k * 20, v, kind)[:, :, image], own)
 
 
-@both
+@every
 def test_causal_on_text_is_torch_attention(attention):
     q, k, v, kind = inputs([TEXT] * 12)
     expected = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
     torch.testing.assert_close(attention(q, k, v, kind), expected, atol=1e-6, rtol=1e-5)
 
 
-@both
+@every
 @settings(deadline=None, max_examples=40)
 @given(kinds=layouts, seed=st.integers(0, 99))
 def test_padding_gives_zeros_and_changes_nothing(attention, kinds, seed):
@@ -122,7 +133,7 @@ def test_padding_gives_zeros_and_changes_nothing(attention, kinds, seed):
     torch.testing.assert_close(out[:, :, real], alone, atol=1e-6, rtol=1e-5)
 
 
-@both
+@every
 def test_a_cache_split_anywhere_gives_the_tail(attention):
     q, k, v, kind = inputs(MIXED)
     full = attention(q, k, v, kind)
@@ -131,7 +142,7 @@ def test_a_cache_split_anywhere_gives_the_tail(attention):
         torch.testing.assert_close(tail, full[:, :, past:], atol=1e-6, rtol=1e-5)
 
 
-@both
+@every
 @pytest.mark.parametrize("kinds", [MIXED, [PAD] * 4, [IMAGE] * 4, [PAD, TEXT, PAD, IMAGE]], ids=str)
 def test_gradients_are_finite(attention, kinds):
     *qkv, kind = inputs(kinds)
@@ -150,7 +161,7 @@ def test_no_allowed_key_gives_zeros():
     assert scores.grad.isfinite().all()
 
 
-@both
+@every
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_survives_large_values(attention, dtype):
     *qkv, kind = inputs(MIXED, d=128)
