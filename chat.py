@@ -3,7 +3,7 @@
     python chat.py examples/a.png examples/b.png                          asks you, round after round
     python chat.py examples/a.png --question "Describe image 1."          answers and ends
 
-A picture can join at any round: write its file name into the question. A round costs only its own tokens, because
+A picture can join at any round: name its file in the question. A round costs only its own tokens, because
 the keys and values of earlier ones are kept. Needs no deepspeed. Before: visualchat.py, data.py, train.py.
 """
 import argparse
@@ -43,14 +43,14 @@ class Chat:
         new = encode_round(turn, self.n_images, not self.ids, self.tokenizer, vision.n_queries)
         limit = model.llama.config.max_position_embeddings
         if len(self.ids) + len(new.ids) >= limit:
-            raise ValueError(f"{len(self.ids)} positions and {len(new.ids)} more exceed {limit}: start over")
+            raise ValueError(f"{len(self.ids)} positions and {len(new.ids)} more exceed {limit}: /new starts over")
         images = tensors(new, vision.image_size)["images"].to(device)
         said, kinds = self.ids + new.ids, self.kind + new.kind
         ids, kind = torch.tensor([said[self.cached:]], device=device), torch.tensor([kinds], device=device)
-        read, answer, text, shown = False, [], "", ""
+        heard, answer, text, shown = False, [], "", ""
         try:
             for token in model.generate(ids, kind, images, max_new_tokens, self.cache):
-                read = True
+                heard = True
                 if token.item() == self.tokenizer.eos:
                     break
                 answer.append(token.item())
@@ -61,7 +61,7 @@ class Chat:
             if text != shown:
                 yield text[len(shown):]
         finally:                                                # after Ctrl-C, too: the answer ends where it is
-            if read:                                            # else the question was not heard, nothing is said
+            if heard:                                           # else the question was not heard, nothing is said
                 self.ids = [*said, *answer, self.tokenizer.eos]
                 self.kind = kinds + [TEXT] * (len(answer) + 1)
                 self.n_images += len(files)
@@ -81,21 +81,25 @@ def newest(folder: Path) -> Path:
     return results[-1].parent
 
 
-def parse(line: str) -> tuple[list[Path], str]:
-    """A line as (pictures named in it, the question that is left); a name with spaces stands in double quotes.
+def parse(line: str, first: int) -> tuple[list[Path], str]:
+    """A line as (pictures named in it, the question); a name with spaces stands in double quotes.
 
-    Raises FileNotFoundError for a word that looks like a picture's name but is no file.
+    Within a sentence a name becomes "image 3", counting from `first`; before or after one it is left out. Raises
+    FileNotFoundError for a word that looks like a picture's name but is no file.
     """
     known = Image.registered_extensions()
     files, words = [], []
     for word in re.findall(r'"[^"]*"|\S+', line):
-        path = Path(word.strip('"')).expanduser()
+        name = word.strip('"').rstrip("?!.,;:")
+        path = Path(name).expanduser()
         if path.suffix.lower() not in known:
             words.append(word)
-        elif path.is_file():
-            files.append(path)
-        else:
+        elif not path.is_file():
             raise FileNotFoundError(f"no picture {path}")
+        else:
+            if words and words[-1][-1] not in "?!.":
+                words.append(f"image {first + len(files)}" + word.strip('"')[len(name):])
+            files.append(path)
     return files, " ".join(words)
 
 
@@ -109,8 +113,9 @@ def show(files: list[Path], first: int) -> list[Path]:
 
 def take_turn(chat: Chat, line: str, waiting: list[Path]) -> list[Path]:
     """Print the answer to a line; returns the pictures that still wait for a question, none after an answer."""
-    files, question = parse(line)
-    waiting = waiting + show(files, chat.n_images + len(waiting) + 1)
+    first = chat.n_images + len(waiting) + 1
+    files, question = parse(line, first)
+    waiting = waiting + show(files, first)
     if not question:
         return waiting
     for piece in chat.ask(question, waiting):
@@ -134,19 +139,20 @@ def talk(chat: Chat, waiting: list[Path]):
         except EOFError:
             return print()
         except KeyboardInterrupt:                               # ends an answer, not the conversation
+            print("\nstopped" + (f"; name {', '.join(map(str, waiting))} again" if waiting else ""))
             waiting = []
-            print()
         except (OSError, ValueError) as error:
             print(error)
 
 
 def main():
+    """The command line; a bad setting or file ends it with one line, whatever was asked before."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("images", nargs="*", type=Path, help="pictures to talk about from the first question on")
     parser.add_argument("--question", action="append", help="answer this and end; may be given several times")
     parser.add_argument("--model", type=Path, help="folder of a training result; default the newest under out/")
     options = parser.parse_args()
-    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     try:
         folder = options.model or newest(Path("out"))
         model, config = load(folder, torch.float32 if device.type == "cpu" else torch.float16, device)

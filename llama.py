@@ -61,8 +61,8 @@ class RMSNorm(nn.Module):
 def rope_table(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
     """cos and sin (B, 1, T, D/2) in float32 for positions (B, T).
 
-    Made anew in every forward pass: a buffer made under DeepSpeed's zero.Init would be float16, whose integers
-    are exact only up to 2,048.
+    Made in every forward pass, since padding and cache move positions; in float32, since float16 tells integers
+    apart only up to 2,048.
     """
     frequency = theta ** -(torch.arange(0, head_dim, 2, device=positions.device).float() / head_dim)   # (D/2)
     angle = positions[:, None, :, None].float() * frequency
@@ -173,7 +173,7 @@ def read_file(path: Path, prefix: str = "") -> dict[str, Tensor]:
         pickled = torch.load(path, map_location="cpu", weights_only=True, mmap=True)    # a pickle could run code
         return {name: tensor for name, tensor in pickled.items() if name.startswith(prefix)}
     except (SafetensorError, RuntimeError, pickle.UnpicklingError, AttributeError) as error:
-        raise ValueError(f"{path} is damaged or no file of tensors, get it anew: {type(error)}") from error
+        raise ValueError(f"{path} is damaged or holds no tensors, get it again: {type(error).__name__}") from error
 
 
 def read_tensors(folder: Path, prefix: str) -> dict[str, Tensor]:
@@ -204,6 +204,25 @@ def load_strictly(module: nn.Module, tensors: dict[str, Tensor], source: Path, d
 
 # ---- the whole ----
 
+def read_config(path: Path) -> LlamaConfig:
+    """The sizes in a config.json; raises ValueError where it describes something that is not a LLaMA-2."""
+    if not path.exists():
+        raise FileNotFoundError(f"no {path}: a LLaMA-2 folder has config.json, shards and tokenizer.model")
+    found = read_json(path)
+    found |= found.get("rope_parameters") or {}         # where transformers 5 writes rope_theta and rope_type
+    for name, only in (("model_type", "llama"), ("hidden_act", "silu"), ("rope_scaling", None),
+                       ("rope_type", "default"), ("tie_word_embeddings", False), ("attention_bias", False),
+                       ("mlp_bias", False)):
+        if found.get(name, only) != only:
+            raise ValueError(f"{path}: {name} is {found[name]!r}, a LLaMA-2 has {only!r}")
+    found.setdefault("num_key_value_heads", found.get("num_attention_heads"))     # absent in old 7b and 13b files
+    names = [field.name for field in fields(LlamaConfig)]
+    try:
+        return LlamaConfig(**{name: found[name] for name in names if name in found})
+    except TypeError as error:
+        raise ValueError(f"{path} lacks a size: {error}") from error
+
+
 class Llama(nn.Module):
     """The decoder. `embed_tokens` and `lm_head` are for the caller, before and after `forward`."""
 
@@ -229,7 +248,8 @@ class Llama(nn.Module):
         return self.norm(x)
 
     @classmethod
-    def from_pretrained(cls, folder: Path | str, attention: Callable = fused_mmca, dtype=None, device="cpu") -> "Llama":
+    def from_pretrained(cls, folder: Path | str, attention: Callable = fused_mmca, dtype=None,
+                        device="cpu") -> "Llama":
         """A LLaMA-2 from an official `-hf` folder: config.json, safetensors (or pickled) shards with their index.
 
         Raises FileNotFoundError for absent files and ValueError for a model that is not a LLaMA-2 or does not fit.
@@ -244,24 +264,7 @@ class Llama(nn.Module):
         return llama
 
 
-def read_config(path: Path) -> LlamaConfig:
-    """The sizes in a config.json; raises ValueError where it describes something that is not a LLaMA-2."""
-    if not path.exists():
-        raise FileNotFoundError(f"no {path}: a LLaMA-2 folder has config.json, shards and tokenizer.model")
-    found = read_json(path)
-    found |= found.get("rope_parameters") or {}         # where transformers 5 writes rope_theta and rope_type
-    for name, only in (("model_type", "llama"), ("hidden_act", "silu"), ("rope_scaling", None),
-                       ("rope_type", "default"), ("tie_word_embeddings", False), ("attention_bias", False),
-                       ("mlp_bias", False)):
-        if found.get(name, only) != only:
-            raise ValueError(f"{path}: {name} is {found[name]!r}, a LLaMA-2 has {only!r}")
-    found.setdefault("num_key_value_heads", found.get("num_attention_heads"))     # absent in old 7b and 13b files
-    names = [field.name for field in fields(LlamaConfig)]
-    try:
-        return LlamaConfig(**{name: found[name] for name in names if name in found})
-    except TypeError as error:
-        raise ValueError(f"{path} lacks a size: {error}") from error
-
+# ---- words ----
 
 class Tokenizer:
     """LLaMA's sentencepiece model: text to ids and back. BOS and EOS are ids that no text turns into."""

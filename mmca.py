@@ -5,6 +5,7 @@ at the image tokens before it, so that long images and short questions do not co
 
     MMCA(Q, K, V) = softmax(QKᵀ ⊙ M1) V + softmax(QKᵀ ⊙ M2) V
 
+⊙ hides: where M is 0 the score counts as minus infinity, and a query that may look at nothing gets 0.
 `python mmca.py` prints M for the paper's own sentence, `python mmca.py figure4.png` draws it. Next file: llama.py.
 
 Shapes, in every file: B batch, T queries, S keys (S = past + T), H heads, D head width, C model width,
@@ -30,9 +31,9 @@ def matrix(kind: Tensor, past: int = 0) -> Tensor:
     earlier = place[past:, None] >= place                                   # (T, S), a position itself included
     itself = place[past:, None] == place
     query, key = kind[:, past:, None], kind[:, None, :]
-    m1 = (query == TEXT) & (key == TEXT) & earlier | (query == IMAGE) & itself
+    m1 = ((query == TEXT) & (key == TEXT) & earlier) | ((query == IMAGE) & itself)
     m2 = (query == TEXT) & (key == IMAGE) & earlier
-    return m1.long() + 2 * m2.long()
+    return m1.to(torch.int8) + 2 * m2.to(torch.int8)
 
 
 def masked_softmax(scores: Tensor, allowed: Tensor) -> Tensor:
@@ -101,9 +102,9 @@ def figure_4() -> Tensor:
     return matrix(torch.tensor([[IMAGE if token.startswith("<I") else TEXT for token in FIGURE_4]]))[0]
 
 
-def show(m: Tensor, tokens: list[str], colour: bool) -> str:
-    """M (S, S) as lines of text, a query per line; blue 1, orange 2 where colour is set."""
-    paint = ["{}", "\033[44;97m{}\033[0m", "\033[43;30m{}\033[0m"] if colour else ["{}"] * 3
+def show(m: Tensor, tokens: list[str], color: bool) -> str:
+    """M (S, S) as lines of text, a query per line; blue 1, orange 2 where color is set."""
+    paint = ["{}", "\033[44;97m{}\033[0m", "\033[43;30m{}\033[0m"] if color else ["{}"] * 3
     width = max(map(len, tokens))
     return "\n".join(f"{token:>{width}}  " + "".join(paint[cell].format(f" {cell} ") for cell in row)
                      for token, row in zip(tokens, m.tolist()))
@@ -112,7 +113,7 @@ def show(m: Tensor, tokens: list[str], colour: bool) -> str:
 def draw(m: Tensor, tokens: list[str], path: str, cell: int = 48, margin: int = 120):
     """Write M (S, S) as a picture; raises ValueError for a file type that Pillow does not know."""
     from PIL import Image, ImageDraw                                    # the attention itself needs torch alone
-    colours = {0: "white", 1: "#4C72B0", 2: "#DD8452"}
+    colors = {0: "white", 1: "#4C72B0", 2: "#DD8452"}
     side = cell * len(tokens)
     picture = Image.new("RGB", (margin + side + 20, side + 20), "white")
     pen = ImageDraw.Draw(picture)
@@ -121,7 +122,7 @@ def draw(m: Tensor, tokens: list[str], path: str, cell: int = 48, margin: int = 
         pen.text((margin - 10, top + cell // 2), token, "black", anchor="rm", font_size=16)
         for j, value in enumerate(row):
             left = margin + j * cell
-            pen.rectangle((left, top, left + cell, top + cell), colours[value], "#999999")
+            pen.rectangle((left, top, left + cell, top + cell), colors[value], "#999999")
             pen.text((left + cell // 2, top + cell // 2), str(value), "white" if value else "#999999",
                      anchor="mm", font_size=18)
     picture.save(path)
@@ -133,7 +134,7 @@ def main():
         draw(m, FIGURE_4, sys.argv[1])
         print(f"wrote {sys.argv[1]}")
     else:
-        print(show(m, FIGURE_4, colour=sys.stdout.isatty()))
+        print(show(m, FIGURE_4, color=sys.stdout.isatty()))
         print("\na row is a query, a column a key; 1: softmax over M1 (text before, an image token itself)"
               "\n                                  2: softmax over M2 (text to the image tokens before)")
 

@@ -4,7 +4,9 @@ Every file has the format of the real thing, so `--size tiny` runs the very code
 one shape; a dialogue introduces one to three pictures over its rounds and asks about any of them.
 
     python shapes.py              draws data/tiny and examples/, in seconds
-    python shapes.py --pretrain   makes weights/tiny anew: tokenizer, ViT and LLaMA, in minutes
+    python shapes.py --pretrain   makes weights/tiny anew: tokenizer, ViT and LLaMA
+
+Before: data.py. Next file: train.py.
 """
 import argparse
 import json
@@ -12,7 +14,7 @@ import math
 import random
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import accumulate, combinations
 from pathlib import Path
 
@@ -24,36 +26,36 @@ from sentencepiece import SentencePieceTrainer
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from data import MARK, SYSTEM, Encoded, Round, collate, encode
+from data import MARK, SYSTEM, Encoded, Round, collate, encode, tensors
 from llama import Llama, LlamaConfig, Tokenizer
 from mmca import ATTENTION, IMAGE, TEXT
 from vit import IN_CONFIG, PREFIX, VisionConfig, VisionTransformer, pixels
 from visualchat import IGNORE, whole_answers
 
-SIZES, COLORS = ["small", "big"], ["red", "orange", "yellow", "green", "blue", "purple"]
+SIZES, COLORS = ["small", "big"], ["red", "pink", "yellow", "green", "blue", "purple"]
 SHAPES, PLACES = ["circle", "square", "triangle", "star"], ["left", "right", "top", "bottom", "center"]
 ATTRIBUTES = {"size": SIZES, "color": COLORS, "shape": SHAPES, "place": PLACES}
 COMPARING = ("any", "which", "same", "changed")
-KINDS = (*ATTRIBUTES, "describe", *COMPARING)
+TOPICS = (*ATTRIBUTES, "describe", *COMPARING)
 WIDTHS = [len(values) for values in ATTRIBUTES.values()]
 Scene = tuple[str, str, str, str]           # what a picture shows: ("big", "red", "star", "left")
-HELD_OUT = {("red", "star"), ("orange", "circle"), ("yellow", "square"),    # pairs that visual tuning never sees
+HELD_OUT = {("red", "star"), ("pink", "circle"), ("yellow", "square"),    # pairs that visual tuning never sees
             ("green", "triangle"), ("blue", "star"), ("purple", "circle")}
 EXAMPLES = {"a.png": ("big", "red", "circle", "left"), "b.png": ("big", "blue", "circle", "left"),
             "c.png": ("small", "yellow", "star", "top")}
 WEIGHTS, DATA = Path("weights/tiny"), Path("data/tiny")
 N_DIALOGUES, N_TEST, TESTS = 2400, 240, ("test_seen", "test_unseen")
-STEPS = (1500, 1500)                        # of pre-training: ViT, LLaMA
+STEPS = {"vit": 2000, "llama": 3500}        # of pre-training
 
 LLAMA = LlamaConfig(hidden_size=128, intermediate_size=336, num_hidden_layers=6, num_attention_heads=4,
-                    num_key_value_heads=4, vocab_size=320, rope_theta=1000.0)
+                    num_key_value_heads=4, vocab_size=0, rope_theta=1000.0)
 VIT = VisionConfig(image_size=64, patch_size=8, width=96, layers=4, heads=4, mlp_width=384, output_dim=128,
                    n_queries=4, grid=8)
 
 
 # ---- pictures ----
 
-RGB = {"red": (214, 40, 40), "orange": (244, 140, 6), "yellow": (250, 214, 30), "green": (46, 158, 75),
+RGB = {"red": (214, 40, 40), "pink": (242, 130, 180), "yellow": (250, 214, 30), "green": (46, 158, 75),
        "blue": (40, 92, 200), "purple": (128, 60, 170)}
 SPOT = {"left": (.25, .5), "right": (.75, .5), "top": (.5, .25), "bottom": (.5, .75), "center": (.5, .5)}
 CORNERS = {"circle": [1] * 60, "square": [1] * 4, "triangle": [1] * 3, "star": [1, .42] * 5}   # radii, once around
@@ -86,6 +88,10 @@ def seen(scene: Scene) -> bool:
     return (scene[1], scene[2]) not in HELD_OUT
 
 
+def unseen(scene: Scene) -> bool:
+    return not seen(scene)
+
+
 def random_scene(rng: random.Random, before: list[Scene], allowed) -> Scene:
     """A scene; after another one it often differs from it in a single attribute, so that comparing is worth it."""
     while True:
@@ -98,20 +104,21 @@ def random_scene(rng: random.Random, before: list[Scene], allowed) -> Scene:
 
 
 def questions(scenes: list[Scene]) -> Iterator[tuple[str, str, str]]:
-    """Every (kind, question, answer) about the images shown so far; comparisons are for several images."""
+    """Every (topic, question, answer) about the images shown so far; comparisons are for several images."""
     for i, (size, color, shape, place) in enumerate(scenes, 1):
-        yield "size", f"What size is image {i}?", size
-        yield "color", f"What color is image {i}?", color
-        yield "shape", f"What shape is image {i}?", shape
+        yield "size", f"What size is the shape in image {i}?", size
+        yield "color", f"What color is the shape in image {i}?", color
+        yield "shape", f"What shape is in image {i}?", shape
         yield "place", f"Where is the shape in image {i}?", place
         yield "describe", f"Describe image {i}.", f"A {size} {color} {shape} at the {place}."
     if len(scenes) == 1:
         return
-    for value in (value for values in ATTRIBUTES.values() for value in values):
+    phrases = {"size": "a {} shape", "color": "a {} shape", "shape": "a {}", "place": "a shape at the {}"}
+    for name, value in ((name, value) for name, values in ATTRIBUTES.items() for value in values):
         having = [i for i, scene in enumerate(scenes, 1) if value in scene]
-        yield "any", f"Is any image {value}?", "yes" if having else "no"
+        yield "any", f"Does any image show {phrases[name].format(value)}?", "yes" if having else "no"
         if len(having) == 1:
-            yield "which", f"Which image is {value}?", f"image {having[0]}"
+            yield "which", f"Which image shows {phrases[name].format(value)}?", f"image {having[0]}"
     for (i, one), (j, other) in combinations(enumerate(scenes, 1), 2):
         differing = [name for name, a, b in zip(ATTRIBUTES, one, other) if a != b]
         for name in ATTRIBUTES:
@@ -121,18 +128,18 @@ def questions(scenes: list[Scene]) -> Iterator[tuple[str, str, str]]:
 
 
 def question(scenes: list[Scene], rng: random.Random) -> tuple[str, str, str]:
-    """One of `questions`: with several images three in five compare them; each answer to a kind is as likely."""
+    """One of `questions`: with several images three in five compare them; each answer to a topic is as likely."""
     table = {}
-    for kind, asked, answer in questions(scenes):
-        table.setdefault(kind, {}).setdefault(answer, []).append(asked)
+    for topic, text, answer in questions(scenes):
+        table.setdefault(topic, {}).setdefault(answer, []).append(text)
     compare = len(scenes) > 1 and rng.random() < .6
-    kind = rng.choice([kind for kind in table if (kind in COMPARING) == compare])
-    answer = rng.choice(list(table[kind]))
-    return kind, rng.choice(table[kind][answer]), answer
+    topic = rng.choice([topic for topic in table if (topic in COMPARING) == compare])
+    answer = rng.choice(list(table[topic]))
+    return topic, rng.choice(table[topic][answer]), answer
 
 
 def dialogue(n_images: int, n_rounds: int, rng: random.Random, allowed) -> tuple[list[Scene], list[tuple]]:
-    """Scenes, and rounds of (scenes introduced, kind, question, answer); about half of the images come first."""
+    """Scenes, and rounds of (scenes introduced, topic, question, answer); about half of the images come first."""
     starts = [0] + [rng.choice([0, rng.randrange(n_rounds // 2 + 1)]) for _ in range(n_images - 1)]
     scenes, rounds = [], []
     for i in range(n_rounds):
@@ -143,23 +150,17 @@ def dialogue(n_images: int, n_rounds: int, rng: random.Random, allowed) -> tuple
     return scenes, rounds
 
 
-def kind_of(text: str) -> str:
-    """The kind of a question, from its words."""
-    for start, kind in (("Describe", "describe"), ("Where", "place"), ("Which", "which"), ("Is any", "any"),
-                        ("Do image", "same"), ("What changed", "changed")):
-        if text.startswith(start):
-            return kind
-    return text.split()[1]                  # What size, What color, What shape
+def topic_of(text: str) -> str:
+    """The topic of a question, from its first words."""
+    first, second = text.split()[:2]
+    known = {"Describe": "describe", "Where": "place", "Which": "which", "Does": "any", "Do": "same"}
+    return known.get(first, second)
 
 
 # ---- a data folder ----
 
 def write_json(path: Path, content):
     path.write_text(json.dumps(content, indent=1) + "\n")
-
-
-def unseen(scene: Scene) -> bool:
-    return not seen(scene)
 
 
 def write_world(folder: Path, n_dialogues: int, seed: int, allowed=seen, n_rounds: int = 6):
@@ -296,19 +297,19 @@ def probes(encoded: Encoded, scenes: list[Scene], tokenizer: Tokenizer) -> Itera
 
 
 def text_batch(rng: random.Random, tokenizer: Tokenizer, most_images: int, n: int, n_rounds: int):
-    """A batch of n dialogues with words for image tokens, its probes, and (kind, images shown) per question."""
-    rows, asked, kinds = [], [], []
+    """A batch of n dialogues with words for image tokens, its probes, and (topic, images shown) per question."""
+    rows, asked, topics = [], [], []
     for row in range(n):
         scenes, rounds = dialogue(min(most_images, rng.choice([1, 2, 3, 3])), n_rounds, rng, anything)
         encoded = encode([Round(tuple(new), q, a) for new, _, q, a in rounds], tokenizer, len(ATTRIBUTES))
         asked += [(name, row, place, wanted) for name, place, wanted in probes(encoded, scenes, tokenizer)]
         words = iter(tokenizer.encode(value)[0] for scene in scenes for value in rng.sample(scene, len(scene)))
         encoded.ids = [next(words) if kind == IMAGE else id for id, kind in zip(encoded.ids, encoded.kind)]
-        rows.append({name: torch.tensor(getattr(encoded, name)) for name in ("ids", "kind", "labels")}
-                    | {"images": torch.empty(0)})
+        encoded.images = []
+        rows.append(tensors(encoded, VIT.image_size))
         shown = list(accumulate(len(new) for new, *_ in rounds))
-        kinds += [(kind, count) for (_, kind, *_), count in zip(rounds, shown)]
-    return collate(rows), asked, kinds
+        topics += [(topic, count) for (_, topic, *_), count in zip(rounds, shown)]
+    return collate(rows), asked, topics
 
 
 def predict(llama: Llama, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -330,23 +331,23 @@ def head_loss(heads: nn.ModuleDict, states: dict[int, Tensor], asked: list) -> T
 
 @torch.no_grad()
 def reading(llama: Llama, tokenizer: Tokenizer, n: int) -> dict[str, dict[str, list[bool]]]:
-    """Which questions about n fresh written dialogues are answered word for word, by images shown and by kind."""
-    rng, table = random.Random(5), {"one image": {}, "several": {}}
+    """Which questions about n fresh written dialogues are answered word for word, by images shown and topic."""
+    rng, table = random.Random(5), {"one": {}, "several": {}}
     for i in range(n // 50):
-        batch, _, kinds = text_batch(rng, tokenizer, 1 if i % 4 == 0 else 3, 50, n_rounds=6)
+        batch, _, topics = text_batch(rng, tokenizer, 1 if i % 4 == 0 else 3, 50, n_rounds=6)
         logits, target = predict(llama, batch)
-        right = whole_answers(batch["labels"], logits.argmax(-1) == target).tolist()
-        for (kind, shown), right in zip(kinds, right):
-            table["one image" if shown == 1 else "several"].setdefault(kind, []).append(right)
+        whole = whole_answers(batch["labels"], logits.argmax(-1) == target).tolist()
+        for (topic, shown), right in zip(topics, whole):
+            table["one" if shown == 1 else "several"].setdefault(topic, []).append(right)
     return table
 
 
 def report(name: str, table: dict[str, dict[str, list[bool]]]):
     """Print a table of `reading`, a line for one image and a line for several."""
-    for group, found in table.items():
-        right = [right for answers in found.values() for right in answers]
-        print(f"{name}, {group}: {sum(right)} of {len(right)} right, {sum(right) / len(right):.4f};",
-              *(f"{kind} {sum(answers) / len(answers):.3f}" for kind, answers in sorted(found.items())), sep="  ")
+    for images, topics in table.items():
+        whole = sum(topics.values(), [])
+        print(f"{name}, {images}: {sum(whole)} of {len(whole)} right, {sum(whole) / len(whole):.4f};",
+              *(f"{topic} {sum(right) / len(right):.3f}" for topic, right in sorted(topics.items())), sep="  ")
 
 
 def attend(llama: Llama, attention: Callable):
@@ -356,7 +357,8 @@ def attend(llama: Llama, attention: Callable):
 
 def pretrain_llama(tokenizer: Tokenizer, steps: int) -> Llama:
     """A LLaMA that answers questions about written descriptions; half of the batches are MMCA, half causal."""
-    llama, rng, states = Llama(LLAMA), random.Random(3), {}
+    sizes = replace(LLAMA, vocab_size=tokenizer.model.vocab_size())
+    llama, rng, states = Llama(sizes), random.Random(3), {}
     for parameter in llama.parameters():
         if parameter.ndim == 2:
             nn.init.normal_(parameter, std=0.5 * parameter.shape[1] ** -0.5)
@@ -381,16 +383,16 @@ def pretrain_llama(tokenizer: Tokenizer, steps: int) -> Llama:
 # ---- folders in the official formats ----
 
 def write_llama(llama: Llama, folder: Path):
-    """config.json and FP16 safetensors in two shards with their index, as LLaMA-2 is published."""
-    tensors = {name if name.startswith("lm_head") else f"model.{name}": tensor.half()
+    """config.json and FP16 safeweights in two shards with their index, as LLaMA-2 is published."""
+    weights = {name if name.startswith("lm_head") else f"model.{name}": tensor.half()
                for name, tensor in llama.state_dict().items()}
-    weight_map = {name: f"model-0000{1 + 2 * i // len(tensors)}-of-00002.safetensors"
-                  for i, name in enumerate(tensors)}
+    weight_map = {name: f"model-0000{1 + 2 * i // len(weights)}-of-00002.safeweights"
+                  for i, name in enumerate(weights)}
     for file in set(weight_map.values()):
-        save_file({name: tensors[name] for name, where in weight_map.items() if where == file}, folder / file,
+        save_file({name: weights[name] for name, where in weight_map.items() if where == file}, folder / file,
                   metadata={"format": "pt"})
-    size = {"total_size": sum(2 * tensor.numel() for tensor in tensors.values())}
-    write_json(folder / "model.safetensors.index.json", {"metadata": size, "weight_map": weight_map})
+    size = {"total_size": sum(2 * tensor.numel() for tensor in weights.values())}
+    write_json(folder / "model.safeweights.index.json", {"metadata": size, "weight_map": weight_map})
     fixed = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "bos_token_id": 1,
              "eos_token_id": 2, "tie_word_embeddings": False, "torch_dtype": "float16"}
     write_json(folder / "config.json", fixed | asdict(llama.config))
@@ -405,13 +407,15 @@ def write_vit(vit: VisionTransformer, folder: Path):
     write_json(folder / "config.json", {"visual": {**sizes, "mlp_ratio": VIT.mlp_width / VIT.width}})
 
 
-def pretrain(folder: Path, vit_steps: int, llama_steps: int, seed: int = 0):
-    """Make weights/tiny: llama/ with its tokenizer, and vit/."""
-    random.seed(seed)
-    torch.manual_seed(seed)
+def pretrain(folder: Path, names: list[str]):
+    """Make the towers of these names in a folder: vit, and llama with its tokenizer."""
     tokenizer = train_tokenizer(folder / "llama")
-    write_vit(pretrain_vit(vit_steps), folder / "vit")
-    write_llama(pretrain_llama(tokenizer, llama_steps), folder / "llama")
+    for name in names:
+        torch.manual_seed(0)
+        if name == "vit":
+            write_vit(pretrain_vit(STEPS[name]), folder / name)
+        else:
+            write_llama(pretrain_llama(tokenizer, STEPS[name]), folder / name)
 
 
 def ensure(data: Path):
@@ -424,9 +428,10 @@ def ensure(data: Path):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pretrain", action="store_true", help="make weights/tiny anew")
-    if parser.parse_args().pretrain:
-        pretrain(WEIGHTS, *STEPS)
+    parser.add_argument("--pretrain", nargs="*", choices=list(STEPS), help="make these towers anew; default both")
+    names = parser.parse_args().pretrain
+    if names is not None:
+        pretrain(WEIGHTS, names or list(STEPS))
     ensure(DATA)
     Path("examples").mkdir(exist_ok=True)
     for i, (name, scene) in enumerate(EXAMPLES.items()):

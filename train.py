@@ -10,6 +10,7 @@ import argparse
 import csv
 import math
 import os
+import random
 import sys
 import time
 import warnings
@@ -24,7 +25,7 @@ from torch.utils.data import DataLoader, DistributedSampler, Subset
 from tqdm import tqdm
 
 warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")   # meant for DeepSpeed
-if not torch.accelerator.is_available():
+if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")              # named, so that DeepSpeed does not search and warn
 
 import deepspeed
@@ -35,7 +36,7 @@ from deepspeed.utils import logger, safe_get_full_fp32_param
 
 import shapes
 from data import SOURCES, Conversations, collate, encode, read, split, tensors
-from llama import Tokenizer
+from llama import Tokenizer, read_json
 from mmca import ATTENTION, PAD
 from visualchat import IGNORE, REPOSITORIES, ModelConfig, VisualChat, build, save, towers, whole_answers
 
@@ -66,15 +67,17 @@ class Options:
     # Where?
     zero: int = option(3, "ZeRO stage: what the ranks share out among them", [0, 1, 2, 3])
     precision: str = option("", "default fp16 on a GPU, fp32 on a CPU", ["fp16", "bf16", "fp32"])
+    deepspeed_config: str = option("", "JSON file laid over the settings that DeepSpeed gets from here")
     out: str = option("", "folder for the result; default out/<size>")
     local_rank: int = option(0, "set by the launcher")
 
 
 def for_size(options: Options) -> Options:
-    """Options with their empty ones filled in; paper, section 5: batch 128."""
-    usual = (dict(data="data/tiny", epochs=2, batch=16) if options.size == "tiny" else
-             dict(data="data", epochs=5, batch=128))
-    usual |= dict(out=f"out/{options.size}", precision="fp16" if torch.accelerator.is_available() else "fp32")
+    """Options with their empty ones filled in, for the real sizes as the paper has them (section 5)."""
+    usual = (dict(data="data/tiny", epochs=4, batch=16) if options.size == "tiny" else
+             dict(data="data", epochs={"7b": 5, "13b": 10, "70b": 6}[options.size], batch=128))
+    usual |= dict(out=f"out/{options.size}",
+                  precision="fp32" if get_accelerator().device_name() == "cpu" else "fp16")
     return replace(options, **{name: value for name, value in usual.items() if not getattr(options, name)})
 
 
@@ -83,8 +86,9 @@ def command_line() -> Options:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for f in fields(Options):
         many = isinstance(f.default, tuple)
-        parser.add_argument(f"--{f.name.replace('_', '-')}", f"--{f.name}", default=f.default, **f.metadata,
-                            nargs="+" if many else None, type=str if many else type(f.default))
+        flags = dict.fromkeys((f"--{f.name.replace('_', '-')}", f"--{f.name}"))     # launcher: --local_rank
+        parser.add_argument(*flags, default=f.default, **f.metadata, nargs="+" if many else None,
+                            type=str if many else type(f.default))
     return for_size(Options(**vars(parser.parse_args())))
 
 
@@ -108,6 +112,8 @@ def check_precision(precision: str):
     if precision == "fp16" and not get_accelerator().is_fp16_supported():
         raise ValueError("fp16 needs a GPU, or a CPU with AVX512-FP16, which this one lacks: "
                          "take --precision fp32, or bf16 for half the memory")
+    if precision == "bf16" and not get_accelerator().is_bf16_supported():
+        raise ValueError("this machine cannot compute in bf16: take --precision fp16 or fp32")
 
 
 def micro_batch(options: Options) -> int:
@@ -122,9 +128,9 @@ def micro_batch(options: Options) -> int:
     return wanted
 
 
-def deepspeed_config(options: Options) -> dict:
-    """DeepSpeed's settings."""
-    return {
+def settings_for(options: Options) -> dict:
+    """DeepSpeed's settings, with those of --deepspeed-config laid over them."""
+    settings = {
         "train_micro_batch_size_per_gpu": options.micro_batch,
         "gradient_accumulation_steps": options.batch // (options.micro_batch * dist.get_world_size()),
         "gradient_clipping": 1.0,
@@ -133,6 +139,9 @@ def deepspeed_config(options: Options) -> dict:
         "bf16": {"enabled": options.precision == "bf16"},
         "steps_per_print": 10 ** 9,                             # the progress bar says it
     }
+    for name, value in (read_json(Path(options.deepspeed_config)) if options.deepspeed_config else {}).items():
+        settings[name] = {**settings.get(name, {}), **value} if isinstance(value, dict) else value
+    return settings
 
 
 def learning_rate(step: int, steps: int) -> float:
@@ -148,8 +157,10 @@ def engine_for(model: VisualChat, options: Options, steps: int):
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], options.lr,
                                   betas=(0.0, 0.95), weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate(step, steps))
+    if options.zero == 3:       # share out tensor by tensor now: initialize would first put all of it on every GPU
+        deepspeed.zero.Init(module=model, config_dict_or_path=settings_for(options))
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=schedule,
-                                      config=deepspeed_config(options))
+                                      config=settings_for(options))
     return engine
 
 
@@ -159,14 +170,14 @@ def trained(engine) -> dict[str, Tensor]:
     for name, p in engine.module.named_parameters():
         if p.requires_grad:
             whole = safe_get_full_fp32_param(p)
-            found[name] = (p if whole is None else whole).detach().float().cpu()    # stage 0 in fp32 keeps no copy
+            found[name] = (p if whole is None else whole).detach().float().cpu()    # stage 0 may keep no copy
     return found
 
 
 # ---- the loop ----
 
 def on_device(batch: dict[str, Tensor], engine) -> dict[str, Tensor]:
-    return {name: tensor.to(engine.device, non_blocking=True) for name, tensor in batch.items()}
+    return {name: tensor.to(engine.device) for name, tensor in batch.items()}
 
 
 def train_step(engine, batches: Iterator[dict[str, Tensor]]) -> tuple[float, int]:
@@ -208,38 +219,39 @@ def evaluate(engine, batches: DataLoader) -> tuple[float, float]:
 # ---- the exam of the tiny world ----
 
 def ask(engine, tokenizer: Tokenizer, conversations: list, blind: bool) -> Iterator[tuple[str, str, bool]]:
-    """(images shown, kind, right word for word) for every question, after the true rounds before it.
+    """(images shown, topic, right word for word) for every question, after the true rounds before it.
 
-    Answers are decoded greedily, 64 at a time, with the KV cache. Blind: every picture is replaced by a grey one.
+    Answers are decoded greedily, 64 at a time, with the KV cache. Blind: every picture is replaced by a gray one.
     """
     model, vision = engine.module, engine.module.vit.config
-    asked = [(rounds, i) for rounds in conversations for i in range(len(rounds))]
-    for part in (asked[i:i + 64] for i in range(0, len(asked), 64)):
+    questions = [(rounds, i) for rounds in conversations for i in range(len(rounds))]
+    for part in (questions[i:i + 64] for i in range(0, len(questions), 64)):
         prompts = ([*rounds[:i], replace(rounds[i], answer=None)] for rounds, i in part)
         rows = [tensors(encode(rounds, tokenizer, vision.n_queries), vision.image_size) for rounds in prompts]
         batch = on_device(collate(rows), engine)
-        images = batch["images"] * (not blind)                  # zero is grey: pixels are normalised
+        images = torch.zeros_like(batch["images"]) if blind else batch["images"]    # normalized, so zero is gray
         said = torch.stack([*model.generate(batch["ids"], batch["kind"], images, max_new_tokens=12)], dim=1)
         for (rounds, i), ids in zip(part, said.tolist()):
             text = tokenizer.decode(ids[:ids.index(tokenizer.eos)] if tokenizer.eos in ids else ids)
             shown = sum(len(turn.images) for turn in rounds[:i + 1])
-            yield "one" if shown == 1 else "several", shapes.kind_of(rounds[i].question), text == rounds[i].answer
+            yield "one" if shown == 1 else "several", shapes.topic_of(rounds[i].question), text == rounds[i].answer
 
 
 def exam(engine, tokenizer: Tokenizer, data: Path, n: int) -> list[dict]:
-    """Rows of eval.csv: exact match per kind of question, and blind, in n dialogues of each test set."""
+    """Rows of eval.csv: exact match per topic, sighted and blind, in n dialogues of each test set of shapes.py."""
+    engine.eval()
     rows = []
     for test in shapes.TESTS:
         conversations = read(data / test, ["llava", "llava_dial"])
-        conversations = conversations[::max(1, len(conversations) // n)]
+        conversations = random.Random(0).sample(conversations, min(n, len(conversations)))
         sighted, blind = (list(ask(engine, tokenizer, conversations, blind)) for blind in (False, True))
         for images in ("one", "several"):
-            for kind in ("all", *shapes.KINDS):
-                found = [(a[2], b[2]) for a, b in zip(sighted, blind) if a[0] == images and kind in ("all", a[1])]
+            for topic in ("all", *shapes.TOPICS):
+                found = [(a[2], b[2]) for a, b in zip(sighted, blind) if a[0] == images and topic in ("all", a[1])]
                 if found:
-                    exact, grey = (round(sum(right) / len(found), 4) for right in zip(*found))
-                    rows.append(dict(test=test, images=images, kind=kind, questions=len(found), exact=exact,
-                                     blind=grey))
+                    exact, guessed = (round(sum(right) / len(found), 4) for right in zip(*found))
+                    rows.append(dict(test=test, images=images, topic=topic, questions=len(found), exact=exact,
+                                     blind=guessed))
     return rows
 
 
@@ -297,12 +309,9 @@ def loaders(options: Options, tokenizer: Tokenizer, model: VisualChat) -> tuple[
             DataLoader(mine, options.micro_batch, **settings))
 
 
-def run(options: Options):
-    """Train as the options say."""
-    check_precision(options.precision)
-    options = replace(options, micro_batch=micro_batch(options))
-    main_rank = dist.get_rank() == 0
-    if options.size == "tiny" and main_rank:
+def prepare(options: Options) -> tuple[VisualChat, ModelConfig, Tokenizer]:
+    """The model, partly frozen, its configuration and its tokenizer; draws the tiny world if it is not there."""
+    if options.size == "tiny" and dist.get_rank() == 0:
         shapes.ensure(Path(options.data))
     dist.barrier()
     torch.manual_seed(options.seed)
@@ -310,44 +319,61 @@ def run(options: Options):
     dtype = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[options.precision]
     model = build(config, dtype)
     summary = model.freeze()
-    tokenizer = Tokenizer(towers(config)[0])
-    batches, held_out = loaders(options, tokenizer, model)
-    steps_per_epoch = len(batches.sampler) * dist.get_world_size() // options.batch
-    engine = engine_for(model, options, steps := steps_per_epoch * options.epochs)
-    if main_rank:
-        print(f"{summary}; {options.attention}, ZeRO-{options.zero}, {options.precision}, batch {options.batch}, "
-              f"{dist.get_world_size()} ranks, {steps} steps in {options.epochs} epochs")
-    rows, started, out = [], time.time(), Path(options.out)
-    bar = tqdm(total=steps, disable=not main_rank)
-    for epoch in range(options.epochs):
+    if dist.get_rank() == 0:
+        print(f"{summary}; {options.attention}, ZeRO-{options.zero}, {options.precision}, "
+              f"{dist.get_world_size()} ranks, {options.micro_batch} conversations at a time")
+    return model, config, Tokenizer(towers(config)[0])
+
+
+def fit(engine, batches: DataLoader, held_out: DataLoader, options: Options, config: ModelConfig):
+    """Train for all epochs; after each one look at the held-out conversations and write the result.
+
+    Raises ValueError where the loss is no number any more; what earlier epochs wrote stays.
+    """
+    main_rank, rows, started, out = dist.get_rank() == 0, [], time.time(), Path(options.out)
+    steps = len(batches.sampler) * dist.get_world_size() // options.batch
+    bar = tqdm(total=steps * options.epochs, disable=not main_rank)
+    for epoch in range(1, options.epochs + 1):
         batches.sampler.set_epoch(epoch)
         stream = iter(batches)
-        for _ in range(steps_per_epoch):
+        for _ in range(steps):
             lr = engine.get_lr()[0]
             loss, positions = train_step(engine, stream)
-            rows.append(dict(step=len(rows) + 1, epoch=epoch + 1, loss=loss, lr=lr, positions=positions,
+            if not math.isfinite(loss):
+                raise ValueError(f"loss {loss} at step {len(rows) + 1}: try --precision bf16 or a lower --lr")
+            rows.append(dict(step=len(rows) + 1, epoch=epoch, loss=loss, lr=lr, positions=positions,
                              seconds=round(time.time() - started, 2), val_loss="", exact_match=""))
             bar.set_postfix(loss=f"{loss:.3f}", lr=f"{lr:.1e}", refresh=False)
             bar.update()
         rows[-1]["val_loss"], rows[-1]["exact_match"] = evaluate(engine, held_out)
         parts = trained(engine)
         if main_rank:
-            bar.write(f"epoch {epoch + 1}: validation loss {rows[-1]['val_loss']:.4f}, "
-                      f"exact match {rows[-1]['exact_match']:.1%} of the answers in "
-                      f"{len(held_out.dataset) * dist.get_world_size()} held-out conversations")
+            bar.write(f"epoch {epoch}: validation loss {rows[-1]['val_loss']:.4f}, exact match "
+                      f"{rows[-1]['exact_match']:.1%} of the answers in held-out conversations")
             save(out, parts, config)
             write_csv(rows, out / "log.csv")
             draw_curve(rows, out / "loss.png")
     bar.close()
+
+
+def run(options: Options):
+    """Everything, in order; raises ValueError or FileNotFoundError where options, weights or data do not fit."""
+    check_precision(options.precision)
+    options = replace(options, micro_batch=micro_batch(options))
+    model, config, tokenizer = prepare(options)
+    batches, held_out = loaders(options, tokenizer, model)
+    steps = len(batches.sampler) * dist.get_world_size() // options.batch * options.epochs
+    engine = engine_for(model, options, steps)
+    fit(engine, batches, held_out, options, config)
     if options.size == "tiny" and options.exam:
-        table = exam(engine, tokenizer, Path(options.data), options.exam)    # under ZeRO-3 all ranks must run it
-        if main_rank:
-            write_csv(table, out / "eval.csv")
+        table = exam(engine, tokenizer, Path(options.data), options.exam)
+        if dist.get_rank() == 0:
+            write_csv(table, Path(options.out) / "eval.csv")
             for line in (table[0], *(row.values() for row in table)):
                 print("  ".join(f"{value:<11}" for value in line))
-    if main_rank:
-        print(f"{out} holds trained.safetensors, config.json, log.csv and loss.png; talk to it with\n"
-              f"    python chat.py examples/a.png examples/b.png")
+    if dist.get_rank() == 0:
+        print(f"{options.out} holds trained.safetensors, config.json, log.csv and loss.png; talk to it with\n"
+              f"    python chat.py --model {options.out} examples/a.png examples/b.png")
 
 
 def main():

@@ -34,7 +34,7 @@ class VisualChat(nn.Module):
         self.llama = llama
         words = llama.embed_tokens.weight
         self.projection = nn.Linear(vit.config.output_dim, llama.config.hidden_size).to(words)
-        # The encoder ends in a LayerNorm, so features have variance 1: start with image tokens as large as words.
+        # The encoder ends in a LayerNorm, so features have variance about 1: image tokens start as large as words.
         nn.init.normal_(self.projection.weight, std=words.std().item() * vit.config.output_dim ** -0.5)
         nn.init.zeros_(self.projection.bias)
 
@@ -97,7 +97,7 @@ class VisualChat(nn.Module):
         x = self.splice(ids, kind[:, -ids.shape[1]:], images)
         hidden = self.llama(x, kind, cache)
         places = torch.arange(ids.shape[1], device=ids.device)
-        last = (places * (kind[:, -ids.shape[1]:] != PAD)).argmax(dim=1)            # (B,) rows may end in padding
+        last = (places * (kind[:, -ids.shape[1]:] != PAD)).argmax(dim=1)            # (B,) last without padding
         hidden = hidden[torch.arange(len(ids), device=ids.device), last]            # (B, C)
         for _ in range(min(max_new_tokens, self.llama.config.max_position_embeddings - kind.shape[1])):
             token = self.llama.lm_head(hidden).argmax(-1)                           # (B,)

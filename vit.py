@@ -1,4 +1,4 @@
-"""QWen-VL's visual encoder (arXiv 2308.12966): a ViT, then a resampler that sums a picture up in a few tokens.
+"""QWen-VL's visual encoder (arXiv 2308.12966): a ViT, then a resampler that sums up a picture in a few tokens.
 
     448×448 picture ─► 32×32 patches ─► 48 transformer layers ─► 256 queries look at the 1024 patches ─► 256 tokens
 
@@ -64,7 +64,7 @@ def open_image(file) -> Image.Image:
 
 
 def pixels(image: Image.Image, size: int = 448) -> Tensor:
-    """The encoder's input (3, size, size) float32: the picture squeezed to a square, normalised as CLIP does."""
+    """The encoder's input (3, size, size) float32: the picture squeezed to a square, normalized as CLIP does."""
     square = image.resize((size, size), Image.Resampling.BICUBIC)
     rgb = torch.from_numpy(np.array(square)).permute(2, 0, 1) / 255         # (3, size, size)
     return (rgb - MEAN) / STD
@@ -129,6 +129,22 @@ class Transformer(nn.Module):
         return x
 
 
+class PoolAttention(nn.Module):
+    """torch's MultiheadAttention by its parameters, but of modules whose weights ZeRO-3 gathers when they run."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))   # [q; k; v]
+        self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
+        self.out_proj = nn.Linear(width, width)
+        nn.init.xavier_uniform_(self.in_proj_weight)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        parts = zip((q, k, v), self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3))
+        q, k, v = (F.linear(*part).unflatten(-1, (-1, 128)).transpose(1, 2) for part in parts)    # (N, H, ·, 128)
+        return self.out_proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
 class Resampler(nn.Module):
     """Learned queries look at all patches: P patches in, as many tokens as queries out."""
 
@@ -137,7 +153,7 @@ class Resampler(nn.Module):
         self.query = nn.Parameter(torch.randn(config.n_queries, config.output_dim) * 0.02)
         self.pos_embed = nn.Parameter(torch.randn(config.n_queries, config.output_dim) * 0.02)
         self.kv_proj = nn.Linear(config.width, config.output_dim, bias=False)
-        self.attn = nn.MultiheadAttention(config.output_dim, config.output_dim // 128, batch_first=True)
+        self.attn = PoolAttention(config.output_dim)
         self.ln_q = nn.LayerNorm(config.output_dim, eps=EPS)
         self.ln_kv = nn.LayerNorm(config.output_dim, eps=EPS)
 
@@ -145,10 +161,26 @@ class Resampler(nn.Module):
         x = self.ln_kv(self.kv_proj(x))                                     # (N, P, output_dim)
         q = (self.ln_q(self.query) + self.pos_embed).expand(x.shape[0], -1, -1)
         k = x + resized(self.pos_embed, x.shape[1])                         # places guide the look only
-        return self.attn(q, k, x, need_weights=False)[0]                    # (N, n_queries, output_dim)
+        return self.attn(q, k, x)                                           # (N, n_queries, output_dim)
 
 
 # ---- the whole ----
+
+def read_config(path: Path, tensors: dict[str, Tensor]) -> VisionConfig:
+    """Sizes from config.json's `visual`, and from the shapes of `tensors` where it is silent."""
+    if not path.exists():
+        raise FileNotFoundError(f"no {path}: a QWen-VL folder has config.json and its weight shards")
+    visual = read_json(path).get("visual")
+    if not isinstance(visual, dict):
+        raise ValueError(f"{path} has no `visual` section: is this a QWen-VL folder?")
+    try:
+        return VisionConfig(**{name: visual[name] for name in IN_CONFIG},
+                            n_queries=tensors["attn_pool.query"].shape[0],
+                            mlp_width=tensors["transformer.resblocks.0.mlp.c_fc.weight"].shape[0],
+                            grid=round(tensors["positional_embedding"].shape[0] ** 0.5))
+    except KeyError as error:
+        raise ValueError(f"{path.parent} is no QWen-VL folder: {error} is missing in it") from error
+
 
 class VisionTransformer(nn.Module):
     def __init__(self, config: VisionConfig):
@@ -181,19 +213,3 @@ class VisionTransformer(nn.Module):
             vit = cls(read_config(folder / "config.json", tensors))
         load_strictly(vit, tensors, folder, dtype, device)
         return vit
-
-
-def read_config(path: Path, tensors: dict[str, Tensor]) -> VisionConfig:
-    """Sizes from config.json's `visual`, and from the shapes of `tensors` where it is silent."""
-    if not path.exists():
-        raise FileNotFoundError(f"no {path}: a QWen-VL folder has config.json and its weight shards")
-    visual = read_json(path).get("visual")
-    if not isinstance(visual, dict):
-        raise ValueError(f"{path} has no `visual` section: is this a QWen-VL folder?")
-    try:
-        return VisionConfig(**{name: visual[name] for name in IN_CONFIG},
-                            n_queries=tensors["attn_pool.query"].shape[0],
-                            mlp_width=tensors["transformer.resblocks.0.mlp.c_fc.weight"].shape[0],
-                            grid=round(tensors["positional_embedding"].shape[0] ** 0.5))
-    except KeyError as error:
-        raise ValueError(f"{path.parent} is no QWen-VL folder: {error} is missing in it") from error

@@ -125,7 +125,7 @@ def test_a_full_context_is_refused_and_leaves_the_conversation_as_it_was(chat, p
     said, new = len(chat.ids), len(encode_round(Round((), "?"), 1, False, chat.tokenizer, 4).ids)
     chat.model.llama.config = replace(chat.model.llama.config, max_position_embeddings=said + new)
     before = state(chat)
-    with pytest.raises(ValueError, match=f"{said} .*{new} .*{said + new}: start over"):
+    with pytest.raises(ValueError, match=f"{said} .*{new} .*{said + new}: .new starts over"):
         list(chat.ask("?"))
     assert state(chat) == before
     chat.model.llama.config = replace(chat.model.llama.config, max_position_embeddings=said + new + 1)
@@ -160,19 +160,21 @@ def here(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("line, files, question", [
     ("What's this?", [], "What's this?"),
-    ("What is a.png and b.JPG ?", ["a.png", "b.JPG"], "What is and ?"),
+    ("What changed from a.png to b.JPG?", ["a.png", "b.JPG"], "What changed from image 3 to image 4?"),
+    ("Is this the same? a.png, b.JPG.", ["a.png", "b.JPG"], "Is this the same?"),
     ('"my cat.png" isn\'t it a cat?', ["my cat.png"], "isn't it a cat?"),
+    ('Is "my cat.png" a cat?', ["my cat.png"], "Is image 3 a cat?"),
     ('What does "no entry" mean?', [], 'What does "no entry" mean?'),
     ("Is it 3.5 m, i.e. big? Don't know.", [], "Is it 3.5 m, i.e. big? Don't know."),
     ("a.png", ["a.png"], "")])
 def test_a_line_is_pictures_and_a_question(here, line, files, question):
-    assert parse(line) == ([Path(file) for file in files], question)
+    assert parse(line, first=3) == ([Path(file) for file in files], question)
 
 
 @pytest.mark.parametrize("line", ["What is c.png ?", '"c d.jpg"', "sub/c.PNG"])
 def test_a_named_picture_that_is_absent_is_an_error(here, line):
     with pytest.raises(FileNotFoundError, match="no picture .*(c.png|c d.jpg|c.PNG)"):
-        parse(line)
+        parse(line, first=1)
 
 
 def test_the_newest_result_is_taken(tmp_path):
@@ -221,6 +223,15 @@ def test_the_program_answers_where_deepspeed_cannot_be_imported(overfitted, conf
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.splitlines() == ["out/run: LLaMA-2 tiny, mmca, on cpu", "> What is it?", "Question 1.",
                                         f'> What is image 1? "{c}"', f"image 1: {c}", "You look at it."]
+
+
+def test_a_torch_that_knows_gpus_runs_where_there_is_none(overfitted, config, tmp_path, monkeypatch, capsys):
+    save(tmp_path / "run", {name: p for name, p in overfitted[2].named_parameters() if p.requires_grad}, config)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator",
+                        lambda check_available=False: None if check_available else torch.device("cuda"))
+    monkeypatch.setattr(sys, "argv", ["chat.py", "--model", str(tmp_path / "run"), "--question", "What is it?"])
+    program.main()
+    assert "on cpu" in capsys.readouterr().out
 
 
 def test_only_train_imports_deepspeed():

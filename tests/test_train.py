@@ -56,6 +56,13 @@ def test_two_ranks_under_zero_3_lose_what_one_rank_loses(world, reference):
     assert two == pytest.approx(reference, abs=1e-3)
 
 
+def test_two_ranks_that_share_out_every_parameter_agree_too(world, reference, tmp_path):
+    """By default ZeRO-3 leaves tensors of fewer than 100,000 values whole: nearly all of the tiny size."""
+    (tmp_path / "all.json").write_text('{"zero_optimization": {"stage3_param_persistence_threshold": 0}}')
+    settings = ["--deepspeed-config", str(tmp_path / "all.json")]
+    assert losses(world, "out/shared", *settings, "--exam", "4", ranks=2) == pytest.approx(reference, abs=1e-3)
+
+
 @pytest.mark.parametrize("options", [["--zero", "0"], ["--zero", "2"], ["--micro-batch", "4"]])
 def test_stage_and_accumulation_do_not_change_the_losses(world, reference, options):
     assert losses(world, "out/other", *options) == pytest.approx(reference, abs=1e-3)
@@ -122,7 +129,7 @@ def test_micro_batches_make_up_the_batch(monkeypatch, ranks, batch, wanted, foun
     monkeypatch.setattr(train.dist, "get_world_size", lambda: ranks)
     options = train.for_size(train.Options(batch=batch, micro_batch=wanted))
     assert train.micro_batch(options) == found
-    config = train.deepspeed_config(replace(options, micro_batch=found))
+    config = train.settings_for(replace(options, micro_batch=found))
     assert batch == found * ranks * config["gradient_accumulation_steps"]
 
 
