@@ -383,16 +383,16 @@ def pretrain_llama(tokenizer: Tokenizer, steps: int) -> Llama:
 # ---- folders in the official formats ----
 
 def write_llama(llama: Llama, folder: Path):
-    """config.json and FP16 safeweights in two shards with their index, as LLaMA-2 is published."""
+    """config.json and FP16 safetensors in two shards with their index, as LLaMA-2 is published."""
     weights = {name if name.startswith("lm_head") else f"model.{name}": tensor.half()
                for name, tensor in llama.state_dict().items()}
-    weight_map = {name: f"model-0000{1 + 2 * i // len(weights)}-of-00002.safeweights"
+    weight_map = {name: f"model-0000{1 + 2 * i // len(weights)}-of-00002.safetensors"
                   for i, name in enumerate(weights)}
     for file in set(weight_map.values()):
         save_file({name: weights[name] for name, where in weight_map.items() if where == file}, folder / file,
                   metadata={"format": "pt"})
     size = {"total_size": sum(2 * tensor.numel() for tensor in weights.values())}
-    write_json(folder / "model.safeweights.index.json", {"metadata": size, "weight_map": weight_map})
+    write_json(folder / "model.safetensors.index.json", {"metadata": size, "weight_map": weight_map})
     fixed = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "bos_token_id": 1,
              "eos_token_id": 2, "tie_word_embeddings": False, "torch_dtype": "float16"}
     write_json(folder / "config.json", fixed | asdict(llama.config))

@@ -2,6 +2,7 @@
 import json
 import random
 import re
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
@@ -117,9 +118,22 @@ def test_every_word_is_one_token_and_digits_are_stable():
     tokenizer = Tokenizer(WEIGHTS / "llama")
     words = tokenizer.model.encode_as_pieces("Which shape is red?\n### Image 1: 1? 2.")
     assert words == ["▁Which", "▁shape", "▁is", "▁red", "?",
-                     "<0x0A>", "###", "▁Image", "▁1", ":", "▁1", "?", "▁2", "."]
+                     "\n", "###", "▁Image", "▁1", ":", "▁1", "?", "▁2", "."]
     assert (tokenizer.bos, tokenizer.eos) == (1, 2)
     assert tokenizer.decode(tokenizer.encode("zebra — ü")) == "zebra — ü"
+
+
+def test_towers_are_written_as_they_are_read(tmp_path):
+    torch.manual_seed(0)
+    llama, vit = Llama(replace(shapes.LLAMA, vocab_size=50)), VisionTransformer(shapes.VIT)
+    (tmp_path / "llama").mkdir()
+    shapes.write_llama(llama, tmp_path / "llama")
+    shapes.write_vit(vit, tmp_path / "vit")
+    again = Llama.from_pretrained(tmp_path / "llama"), VisionTransformer.from_pretrained(tmp_path / "vit")
+    assert (again[0].config, again[1].config) == (llama.config, vit.config)
+    for tower, copy in zip((llama, vit), again):
+        assert all(torch.equal(a.half(), b) for a, b in zip(tower.parameters(), copy.parameters(), strict=True))
+    assert len(list((tmp_path / "llama").glob("model-*-of-00002.safetensors"))) == 2
 
 
 # ---- the shipped towers ----

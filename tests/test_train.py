@@ -102,7 +102,7 @@ def test_the_launcher_starts_without_compiler_ninja_or_mpi(world, tmp_path):
                      "--out", "out/bare", path=str(programs))
     assert "exact match" in printed and "test_unseen" in printed
     with open(world / "out/bare/eval.csv") as file:
-        rows = [row for row in csv.DictReader(file) if row["kind"] == "all"]
+        rows = [row for row in csv.DictReader(file) if row["topic"] == "all"]
     assert [(row["test"], row["images"]) for row in rows] == [(test, images) for test in shapes.TESTS
                                                                for images in ("one", "several")]
     assert sum(int(row["questions"]) for row in rows) == 2 * 12 * 6

@@ -1,0 +1,54 @@
+"""Training runs side by side: one setting changed at a time, several seeds, one table. So far: who may look at whom.
+
+    python ablations.py attention                 the tiny size, three seeds each of MMCA and causal attention
+    python ablations.py attention --seeds 0 1     two seeds; runs that are there already are read, not repeated
+
+It calls train.py, as anybody would, and reads the eval.csv of each run. Before: train.py.
+"""
+import argparse
+import csv
+import subprocess
+import sys
+from pathlib import Path
+from statistics import mean
+
+VARIANTS = {                    # name of the comparison: name of a run: what train.py is told
+    "attention": {"mmca": ["--attention", "mmca"], "causal": ["--attention", "causal"]},
+}
+
+
+def run(name: str, settings: list[str], seed: int, out: Path) -> dict[tuple[str, str], dict[str, float]]:
+    """Train one run unless its result is there; returns {(test, images): {"exact": share, "blind": share}}."""
+    folder = out / f"{name}-{seed}"
+    if not (folder / "eval.csv").exists():
+        command = [sys.executable, str(Path(__file__).with_name("train.py")), "--size", "tiny", *settings]
+        subprocess.run([*command, "--seed", str(seed), "--out", str(folder)], check=True)
+    with open(folder / "eval.csv") as file:
+        return {(row["test"], row["images"]): {"exact": float(row["exact"]), "blind": float(row["blind"])}
+                for row in csv.DictReader(file) if row["topic"] == "all"}
+
+
+def spread(values: list[float]) -> str:
+    """Mean, and the least and greatest of the seeds, in percent."""
+    return f"{100 * mean(values):.1f} ({100 * min(values):.1f} to {100 * max(values):.1f})"
+
+
+def main():
+    """Run what is missing and print exact match, in percent, over the seeds."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("comparison", choices=list(VARIANTS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--out", type=Path, default=Path("out/ablations"))
+    options = parser.parse_args()
+    results = {name: [run(name, settings, seed, options.out) for seed in options.seeds]
+               for name, settings in VARIANTS[options.comparison].items()}
+    print("| | " + " | ".join(f"{test}, {images}" for test, images in next(iter(results.values()))[0]) + " |")
+    print("|---" * (1 + len(next(iter(results.values()))[0])) + "|")
+    for name, found in results.items():
+        for column in ("exact", "blind"):
+            cells = [spread([table[group][column] for table in found]) for group in found[0]]
+            print(f"| {name}{', images gray' if column == 'blind' else ''} | " + " | ".join(cells) + " |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,44 @@
+"""ablations.py: runs that are there are read, missing ones trained, the table is their mean."""
+import csv
+import sys
+
+import ablations
+import train
+
+
+def write(folder, exact):
+    folder.mkdir(parents=True)
+    with open(folder / "eval.csv", "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["test", "images", "topic", "questions", "exact", "blind"])
+        writer.writerow(["test_seen", "one", "all", 100, exact, 0.25])
+        writer.writerow(["test_seen", "one", "color", 50, 0, 0])
+
+
+def test_the_table_has_mean_and_range_of_the_seeds(tmp_path, monkeypatch, capsys):
+    for name, first, second in (("mmca", 0.9, 1.0), ("causal", 0.5, 0.6)):
+        write(tmp_path / f"{name}-0", first)
+        write(tmp_path / f"{name}-1", second)
+    monkeypatch.setattr(ablations.subprocess, "run", lambda *args, **settings: 1 / 0)   # nothing is trained
+    monkeypatch.setattr(sys, "argv", ["ablations.py", "attention", "--seeds", "0", "1", "--out", str(tmp_path)])
+    ablations.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "| | test_seen, one |"
+    assert "| mmca | 95.0 (90.0 to 100.0) |" in lines and "| causal | 55.0 (50.0 to 60.0) |" in lines
+    assert "| causal, images gray | 25.0 (25.0 to 25.0) |" in lines
+
+
+def test_a_missing_run_is_trained_with_settings_that_train_knows(tmp_path, monkeypatch):
+    told = []
+
+    def trained(command, check):
+        told.append(command)
+        write(tmp_path / "causal-7", 0.5)
+
+    monkeypatch.setattr(ablations.subprocess, "run", trained)
+    settings = ablations.VARIANTS["attention"]["causal"]
+    assert ablations.run("causal", settings, 7, tmp_path) == {("test_seen", "one"): {"exact": 0.5, "blind": 0.25}}
+    monkeypatch.setattr(sys, "argv", told[0][1:])
+    options = train.command_line()
+    assert (options.size, options.attention, options.seed) == ("tiny", "causal", 7)
+    assert options.out == str(tmp_path / "causal-7")
