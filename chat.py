@@ -128,6 +128,7 @@ def talk(chat: Chat, waiting: list[Path]):
     """Read lines from the terminal until it ends; a bad line is explained and changes nothing."""
     print(HELP)
     while True:
+        before = chat.n_images
         try:
             line = input("> ").strip()
             if line == "/quit":
@@ -139,8 +140,8 @@ def talk(chat: Chat, waiting: list[Path]):
         except EOFError:
             return print()
         except KeyboardInterrupt:                               # ends an answer, not the conversation
-            print("\nstopped" + (f"; name {', '.join(map(str, waiting))} again" if waiting else ""))
-            waiting = []
+            print("\nstopped; /quit or Ctrl-D ends the conversation")
+            waiting = waiting if chat.n_images == before else []        # not yet seen, or part of the cut answer
         except (OSError, ValueError) as error:
             print(error)
 
