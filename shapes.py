@@ -45,7 +45,7 @@ EXAMPLES = {"a.png": ("big", "red", "circle", "left"), "b.png": ("big", "blue", 
             "c.png": ("small", "yellow", "star", "top")}
 WEIGHTS, DATA = Path("weights/tiny"), Path("data/tiny")
 N_DIALOGUES, N_TEST, TESTS = 2400, 240, ("test_seen", "test_unseen")
-STEPS = {"vit": 2000, "llama": 3500}        # of pre-training
+STEPS = {"vit": 3000, "llama": 3500}        # of pre-training
 
 LLAMA = LlamaConfig(hidden_size=128, intermediate_size=336, num_hidden_layers=6, num_attention_heads=4,
                     num_key_value_heads=4, vocab_size=0, rope_theta=1000.0)
