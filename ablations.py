@@ -1,4 +1,4 @@
-"""Training runs side by side: one setting changed at a time, several seeds, one table. So far: who may look at whom.
+"""Training runs side by side: one setting changed, several seeds, one table. So far: who may look at whom.
 
     python ablations.py attention                 the tiny size, three seeds each of MMCA and causal attention
     python ablations.py attention --seeds 0 1     two seeds; runs that are there already are read, not repeated

@@ -225,13 +225,18 @@ def ask(engine, tokenizer: Tokenizer, conversations: list, blind: bool) -> Itera
     """
     model, vision = engine.module, engine.module.vit.config
     questions = [(rounds, i) for rounds in conversations for i in range(len(rounds))]
+    questions.sort(key=lambda question: len(question[0][question[1]].answer))   # short answers end together
     for part in (questions[i:i + 64] for i in range(0, len(questions), 64)):
         prompts = ([*rounds[:i], replace(rounds[i], answer=None)] for rounds, i in part)
         rows = [tensors(encode(rounds, tokenizer, vision.n_queries), vision.image_size) for rounds in prompts]
         batch = on_device(collate(rows), engine)
         images = torch.zeros_like(batch["images"]) if blind else batch["images"]    # normalized, so zero is gray
-        said = torch.stack([*model.generate(batch["ids"], batch["kind"], images, max_new_tokens=12)], dim=1)
-        for (rounds, i), ids in zip(part, said.tolist()):
+        said, ended = [], False
+        for token in model.generate(batch["ids"], batch["kind"], images, max_new_tokens=12):
+            said.append(token)
+            if (ended := ended | (token == tokenizer.eos)).all():
+                break
+        for (rounds, i), ids in zip(part, torch.stack(said, dim=1).tolist()):
             text = tokenizer.decode(ids[:ids.index(tokenizer.eos)] if tokenizer.eos in ids else ids)
             shown = sum(len(turn.images) for turn in rounds[:i + 1])
             yield "one" if shown == 1 else "several", shapes.topic_of(rounds[i].question), text == rounds[i].answer
