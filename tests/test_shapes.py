@@ -121,7 +121,7 @@ def test_every_word_is_one_token_and_digits_are_stable():
                      "\n", "###", "▁Image", "▁1", ":", "▁1", "?", "▁2", "."]
     assert (tokenizer.bos, tokenizer.eos) == (1, 2)
     spelled = tokenizer.decode(tokenizer.encode("zebra — ü"))       # in bytes, even the ▁ that stands for a space
-    assert spelled.replace("▁", " ") == "zebra — ü"
+    assert spelled.replace("▁", " ").strip() == "zebra — ü"
 
 
 def test_towers_are_written_as_they_are_read(tmp_path):
