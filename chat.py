@@ -7,6 +7,8 @@ A picture can join at any round: name its file in the question. A round costs on
 the keys and values of earlier ones are kept. Needs no deepspeed. Before: visualchat.py, data.py, train.py.
 """
 import argparse
+import contextlib
+import os
 import re
 import sys
 from collections.abc import Iterator
@@ -20,6 +22,9 @@ from llama import Tokenizer
 from mmca import TEXT
 from visualchat import TRAINED, VisualChat, load, towers
 from vit import open_image
+
+with contextlib.suppress(ImportError):
+    import readline                                             # line editing and history, where the system has it
 
 HELP = "Ask about the images; name a picture's file to add it. /new starts over, /quit or Ctrl-D ends."
 
@@ -90,15 +95,15 @@ def parse(line: str, first: int) -> tuple[list[Path], str]:
     known = Image.registered_extensions()
     files, words = [], []
     for word in re.findall(r'"[^"]*"|\S+', line):
-        name = word.strip('"').rstrip("?!.,;:")
-        path = Path(name).expanduser()
-        if path.suffix.lower() not in known:
+        bare = word.strip("\"'()")
+        name = bare.rstrip("?!.,;:'\")")
+        if Path(name).suffix.lower() not in known:
             words.append(word)
-        elif not path.is_file():
+        elif not (path := Path(os.path.expanduser(name))).is_file():
             raise FileNotFoundError(f"no picture {path}")
         else:
             if words and words[-1][-1] not in "?!.":
-                words.append(f"image {first + len(files)}" + word.strip('"')[len(name):])
+                words.append(f"image {first + len(files)}" + bare[len(name):].strip("'\")"))
             files.append(path)
     return files, " ".join(words)
 
@@ -135,6 +140,8 @@ def talk(chat: Chat, waiting: list[Path]):
                 return
             if line == "/new":
                 chat, waiting = Chat(chat.model, chat.tokenizer), []
+            elif line.startswith("/") and not Path(line.split()[0]).exists():
+                print(HELP)
             elif line:
                 waiting = take_turn(chat, line, waiting)
         except EOFError:

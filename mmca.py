@@ -131,7 +131,10 @@ def draw(m: Tensor, tokens: list[str], path: str, cell: int = 48, margin: int = 
 def main():
     m = figure_4()
     if sys.argv[1:]:
-        draw(m, FIGURE_4, sys.argv[1])
+        try:
+            draw(m, FIGURE_4, sys.argv[1])
+        except (OSError, ValueError) as error:
+            sys.exit(f"mmca.py: {error}; name a picture to write, such as figure4.png")
         print(f"wrote {sys.argv[1]}")
     else:
         print(show(m, FIGURE_4, color=sys.stdout.isatty()))

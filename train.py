@@ -11,12 +11,15 @@ import csv
 import math
 import os
 import random
+import socket
 import sys
 import time
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")             # threads that spin while they wait slow others
 
 import torch
 from PIL import Image, ImageDraw
@@ -96,7 +99,10 @@ def command_line() -> Options:
 
 def start():
     """Join the other ranks, with `deepspeed`, torchrun or plain python as launcher."""
-    alone = dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="29500")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))                             # a port that nobody uses, for a rank that is alone
+        port = str(free.getsockname()[1])
+    alone = dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
     for name, value in alone.items():
         os.environ.setdefault(name, value)                      # without them DeepSpeed would look for MPI
     logger.setLevel("WARNING")
@@ -226,7 +232,8 @@ def ask(engine, tokenizer: Tokenizer, conversations: list, blind: bool) -> Itera
     model, vision = engine.module, engine.module.vit.config
     questions = [(rounds, i) for rounds in conversations for i in range(len(rounds))]
     questions.sort(key=lambda question: len(question[0][question[1]].answer))   # short answers end together
-    for part in (questions[i:i + 64] for i in range(0, len(questions), 64)):
+    parts = [questions[i:i + 64] for i in range(0, len(questions), 64)]
+    for part in tqdm(parts, "exam", leave=False, disable=dist.get_rank() != 0):
         prompts = ([*rounds[:i], replace(rounds[i], answer=None)] for rounds, i in part)
         rows = [tensors(encode(rounds, tokenizer, vision.n_queries), vision.image_size) for rounds in prompts]
         batch = on_device(collate(rows), engine)
@@ -374,10 +381,11 @@ def run(options: Options):
         table = exam(engine, tokenizer, Path(options.data), options.exam)
         if dist.get_rank() == 0:
             write_csv(table, Path(options.out) / "eval.csv")
+            print("fresh drawings, one or several images shown: exact match, and blind, with every picture gray")
             for line in (table[0], *(row.values() for row in table)):
                 print("  ".join(f"{value:<11}" for value in line))
     if dist.get_rank() == 0:
-        print(f"{options.out} holds trained.safetensors, config.json, log.csv and loss.png; talk to it with\n"
+        print(f"{options.out} holds the result and log.csv, loss.png, eval.csv; talk to it with\n"
               f"    python chat.py --model {options.out} examples/a.png examples/b.png")
 
 

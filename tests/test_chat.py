@@ -164,6 +164,8 @@ def here(tmp_path, monkeypatch):
     ("Is this the same? a.png, b.JPG.", ["a.png", "b.JPG"], "Is this the same?"),
     ('"my cat.png" isn\'t it a cat?', ["my cat.png"], "isn't it a cat?"),
     ('Is "my cat.png" a cat?', ["my cat.png"], "Is image 3 a cat?"),
+    ("Is it 'a.png', or (b.JPG)?", ["a.png", "b.JPG"], "Is it image 3, or image 4?"),
+    ("is it ~red or ~nobody/x?", [], "is it ~red or ~nobody/x?"),
     ('What does "no entry" mean?', [], 'What does "no entry" mean?'),
     ("Is it 3.5 m, i.e. big? Don't know.", [], "Is it 3.5 m, i.e. big? Don't know."),
     ("a.png", ["a.png"], "")])
