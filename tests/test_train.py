@@ -36,11 +36,15 @@ def launch(world: Path, *command: str, path: str = "") -> str:
     return done.stdout
 
 
-def losses(world: Path, out: str, *options: str, ranks: int = 1) -> list[float]:
-    """The losses of an epoch of 13 steps."""
+def losses(world: Path, out: str, *options: str, ranks: int = 1, lr: str = "1e-4") -> list[float]:
+    """The losses of an epoch of 13 steps, at the rate that a default run has in its first ten (warm-up takes 54).
+
+    At the full rate from the first step on they would drift apart: AdamW with beta1 = 0 makes a whole step out of a
+    gradient that is nothing but rounding.
+    """
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     launch(world, *(launcher if ranks > 1 else [sys.executable]), SCRIPT, "--epochs", "1", "--workers", "0",
-           "--exam", "0", "--out", out, *options)
+           "--exam", "0", "--lr", lr, "--out", out, *options)
     with open(world / out / "log.csv") as file:
         return [float(row["loss"]) for row in csv.DictReader(file)]
 
@@ -74,12 +78,13 @@ def test_bf16_trains_to_nearly_the_same_losses(world, reference):
     assert sum(found) == pytest.approx(sum(reference), rel=0.05)
 
 
-def test_the_loss_falls_and_the_result_can_be_loaded_and_looked_at(world, reference):
-    assert sum(reference[-3:]) < 0.7 * sum(reference[:3])
-    with open(world / "out/reference/log.csv") as file:
+def test_the_loss_falls_and_can_be_looked_at(world):
+    found = losses(world, "out/full", lr="1e-3")
+    assert sum(found[-3:]) < 0.7 * sum(found[:3])
+    with open(world / "out/full/log.csv") as file:
         last = list(csv.DictReader(file))[-1]
-    assert 0 < float(last["val_loss"]) < reference[0] and 0 <= float(last["exact_match"]) <= 1
-    assert Image.open(world / "out/reference/loss.png").size == (900, 500)
+    assert 0 < float(last["val_loss"]) < found[0] and 0 <= float(last["exact_match"]) <= 1
+    assert Image.open(world / "out/full/loss.png").size == (900, 500)
 
 
 def test_only_what_is_trained_changes_and_is_saved(world, reference, monkeypatch):
