@@ -37,7 +37,7 @@ def launch(world: Path, *command: str, path: str = "") -> str:
 
 
 def losses(world: Path, out: str, *options: str, ranks: int = 1, lr: str = "1e-4") -> list[float]:
-    """The losses of an epoch of 13 steps, at the rate that a default run has in its first ten (warm-up takes 54).
+    """The losses of an epoch of 13 steps, at the rate of a default run's first ten (its warm-up takes 54).
 
     At the full rate from the first step on they would drift apart: AdamW with beta1 = 0 makes a whole step out of a
     gradient that is nothing but rounding.
