@@ -17,15 +17,23 @@ VARIANTS = {                    # name of the comparison: name of a run: what tr
 }
 
 
+COLUMNS = {"exact": "", "weakest": ", weakest topic", "alone": ", asked in a first round",
+           "blind": ", every picture gray"}
+
+
 def run(name: str, settings: list[str], seed: int, out: Path) -> dict[tuple[str, str], dict[str, float]]:
-    """Train one run unless its result is there; returns {(test, images): {"exact": share, "blind": share}}."""
+    """Train one run unless its result is there; returns {(test, images): {column of COLUMNS: share}}."""
     folder = out / f"{name}-{seed}"
     if not (folder / "eval.csv").exists():
         command = [sys.executable, str(Path(__file__).with_name("train.py")), "--size", "tiny", *settings]
         subprocess.run([*command, "--seed", str(seed), "--out", str(folder)], check=True)
     with open(folder / "eval.csv") as file:
-        return {(row["test"], row["images"]): {"exact": float(row["exact"]), "blind": float(row["blind"])}
-                for row in csv.DictReader(file) if row["topic"] == "all"}
+        rows = list(csv.DictReader(file))
+    table = {(row["test"], row["images"]): {way: float(row[way]) for way in ("exact", "alone", "blind")}
+             for row in rows if row["topic"] == "all"}
+    for group, shares in table.items():
+        shares["weakest"] = min(float(row["exact"]) for row in rows if (row["test"], row["images"]) == group)
+    return table
 
 
 def spread(values: list[float]) -> str:
@@ -45,9 +53,9 @@ def main():
     print("| | " + " | ".join(f"{test}, {images}" for test, images in next(iter(results.values()))[0]) + " |")
     print("|---" * (1 + len(next(iter(results.values()))[0])) + "|")
     for name, found in results.items():
-        for column in ("exact", "blind"):
+        for column, title in COLUMNS.items():
             cells = [spread([table[group][column] for table in found]) for group in found[0]]
-            print(f"| {name}{', images gray' if column == 'blind' else ''} | " + " | ".join(cells) + " |")
+            print(f"| {name}{title} | " + " | ".join(cells) + " |")
 
 
 if __name__ == "__main__":

@@ -9,12 +9,14 @@ one shape; a dialogue introduces one to three pictures over its rounds and asks 
 Before: data.py. Next file: train.py.
 """
 import argparse
+import base64
 import json
 import math
 import random
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
+from io import BytesIO
 from itertools import accumulate, combinations
 from pathlib import Path
 
@@ -26,7 +28,8 @@ from sentencepiece import SentencePieceTrainer
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from data import MARK, SYSTEM, Encoded, Round, collate, encode, tensors
+from data import (COCO, DETAIL, DIALOGUE, MARK, SOURCES, SPARKLES_MARK, SYSTEM, TAGS, Encoded, Round, collate,
+                  encode, tensors)
 from llama import Llama, LlamaConfig, Tokenizer
 from mmca import ATTENTION, IMAGE, TEXT
 from vit import IN_CONFIG, PREFIX, VisionConfig, VisionTransformer, pixels
@@ -44,7 +47,7 @@ HELD_OUT = {("red", "star"), ("pink", "circle"), ("yellow", "square"),    # pair
 EXAMPLES = {"a.png": ("big", "red", "circle", "left"), "b.png": ("big", "blue", "circle", "left"),
             "c.png": ("small", "yellow", "star", "top")}
 WEIGHTS, DATA = Path("weights/tiny"), Path("data/tiny")
-N_DIALOGUES, N_TEST, TESTS = 2400, 240, ("test_seen", "test_unseen")
+N_DIALOGUES, N_TEST, TESTS = 1600, 240, ("test_seen", "test_unseen")
 # What `python shapes.py --pretrain` printed when it made weights/tiny, and its time, on one core:
 # ViT, 12 minutes: attributes read from 2000 fresh pictures: size 1.0000, color 1.0000, shape 0.9975, place 1.0000.
 # LLaMA, 46 minutes, 2000 fresh dialogues with written descriptions: one image 1.0000 right, several images 0.9694
@@ -107,34 +110,34 @@ def random_scene(rng: random.Random, before: list[Scene], allowed) -> Scene:
             return scene
 
 
-def questions(scenes: list[Scene]) -> Iterator[tuple[str, str, str]]:
-    """Every (topic, question, answer) about the images shown so far; comparisons are for several images."""
-    for i, (size, color, shape, place) in enumerate(scenes, 1):
-        yield "size", f"What size is the shape in image {i}?", size
-        yield "color", f"What color is the shape in image {i}?", color
-        yield "shape", f"What shape is in image {i}?", shape
-        yield "place", f"Where is the shape in image {i}?", place
-        yield "describe", f"Describe image {i}.", f"A {size} {color} {shape} at the {place}."
+def questions(scenes: list[Scene], names: list[str]) -> Iterator[tuple[str, str, str]]:
+    """Every (topic, question, answer) about images that are called by these names; comparisons for several."""
+    for name, (size, color, shape, place) in zip(names, scenes):
+        yield "size", f"What size is the shape in {name}?", size
+        yield "color", f"What color is the shape in {name}?", color
+        yield "shape", f"What shape is in {name}?", shape
+        yield "place", f"Where is the shape in {name}?", place
+        yield "describe", f"Describe {name}.", f"A {size} {color} {shape} at the {place}."
     if len(scenes) == 1:
         return
     phrases = {"size": "a {} shape", "color": "a {} shape", "shape": "a {}", "place": "a shape at the {}"}
-    for name, value in ((name, value) for name, values in ATTRIBUTES.items() for value in values):
-        having = [i for i, scene in enumerate(scenes, 1) if value in scene]
-        yield "any", f"Does any image show {phrases[name].format(value)}?", "yes" if having else "no"
+    for about, value in ((about, value) for about, values in ATTRIBUTES.items() for value in values):
+        having = [name for name, scene in zip(names, scenes) if value in scene]
+        yield "any", f"Does any image show {phrases[about].format(value)}?", "yes" if having else "no"
         if len(having) == 1:
-            yield "which", f"Which image shows {phrases[name].format(value)}?", f"image {having[0]}"
-    for (i, one), (j, other) in combinations(enumerate(scenes, 1), 2):
-        differing = [name for name, a, b in zip(ATTRIBUTES, one, other) if a != b]
-        for name in ATTRIBUTES:
-            yield "same", f"Do image {i} and image {j} have the same {name}?", "no" if name in differing else "yes"
+            yield "which", f"Which image shows {phrases[about].format(value)}?", having[0]
+    for (one, a), (other, b) in combinations(zip(names, scenes), 2):
+        differing = [about for about, x, y in zip(ATTRIBUTES, a, b) if x != y]
+        for about in ATTRIBUTES:
+            yield "same", f"Do {one} and {other} have the same {about}?", "no" if about in differing else "yes"
         if len(differing) == 1:
-            yield "changed", f"What changed from image {i} to image {j}?", f"the {differing[0]}"
+            yield "changed", f"What changed from {one} to {other}?", f"the {differing[0]}"
 
 
-def question(scenes: list[Scene], rng: random.Random) -> tuple[str, str, str]:
+def question(scenes: list[Scene], names: list[str], rng: random.Random) -> tuple[str, str, str]:
     """One of `questions`: with several images three in five compare them; each answer to a topic is as likely."""
     table = {}
-    for topic, text, answer in questions(scenes):
+    for topic, text, answer in questions(scenes, names):
         table.setdefault(topic, {}).setdefault(answer, []).append(text)
     compare = len(scenes) > 1 and rng.random() < .6
     topic = rng.choice([topic for topic in table if (topic in COMPARING) == compare])
@@ -142,15 +145,33 @@ def question(scenes: list[Scene], rng: random.Random) -> tuple[str, str, str]:
     return topic, rng.choice(table[topic][answer]), answer
 
 
+def different(scenes: list[Scene], names: list[str], n: int, rng: random.Random) -> list[tuple[str, str]]:
+    """n different questions with their answers."""
+    found = {}
+    while len(found) < n:
+        _, asked, answer = question(scenes, names, rng)
+        found[asked] = answer
+    return list(found.items())
+
+
 def dialogue(n_images: int, n_rounds: int, rng: random.Random, allowed) -> tuple[list[Scene], list[tuple]]:
-    """Scenes, and rounds of (scenes introduced, topic, question, answer); about half of the images come first."""
+    """Scenes, and rounds of (scenes introduced, topic, question, answer); about half of the images come first.
+
+    Most call the images "image 1" and so on, one in five in another of TAGS' ways. A question about the last image
+    often says "the image" if that came alone.
+    """
+    names = TAGS[0] if rng.random() < .8 else rng.choice(TAGS[1:])
     starts = [0] + [rng.choice([0, rng.randrange(n_rounds // 2 + 1)]) for _ in range(n_images - 1)]
-    scenes, rounds = [], []
+    scenes, rounds, alone = [], [], True
     for i in range(n_rounds):
         before = len(scenes)
         for _ in range(starts.count(i)):
             scenes.append(random_scene(rng, scenes, allowed))
-        rounds.append((scenes[before:], *question(scenes, rng)))
+        alone = len(scenes) - before == 1 or len(scenes) == before and alone
+        topic, asked, answer = question(scenes, names, rng)
+        if alone and topic not in COMPARING and rng.random() < .3:
+            asked = asked.replace(names[len(scenes) - 1], "the image")
+        rounds.append((scenes[before:], topic, asked, answer))
     return scenes, rounds
 
 
@@ -167,27 +188,108 @@ def write_json(path: Path, content):
     path.write_text(json.dumps(content, indent=1) + "\n")
 
 
-def write_world(folder: Path, n_dialogues: int, seed: int, allowed=seen, n_rounds: int = 6):
-    """Pictures in COCO's folder and dialogues in LLaVA's files; a third each has one, two and three images."""
-    rng = random.Random(seed)
-    pictures = folder / "coco/train2017"
-    pictures.mkdir(parents=True, exist_ok=True)
+class Pictures:
+    """Draws scenes into a folder; the name of the n-th picture is its number."""
+
+    def __init__(self, folder: Path, rng: random.Random, digits: int = 12):
+        self.folder, self.rng, self.digits, self.count = folder, rng, digits, 0
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def draw(self, scene: Scene) -> str:
+        name = f"{self.count:0{self.digits}d}"
+        draw(scene, self.rng).save(self.folder / f"{name}.jpg", quality=90)
+        self.count += 1
+        return name
+
+
+def llava_record(images: list[str], rounds: list[tuple[int, str, str]]) -> dict:
+    """A record in LLaVA's format, of rounds (images introduced, question, answer)."""
+    turns = [{"from": speaker, "value": text} for n, asked, answer in rounds
+             for speaker, text in (("human", asked + f"\n{MARK}" * n), ("gpt", answer))]
+    files = [f"{image}.jpg" for image in images]
+    return {"id": images[0], "image": files if len(files) > 1 else files[0], "conversations": turns}
+
+
+def write_dialogues(folder: Path, n: int, pictures: Pictures, allowed, least_images: int):
+    """LLaVA's conversation_58k.json, with n dialogues of six rounds about up to three pictures."""
+    records = []
+    for i in tqdm(range(n), f"drawing {folder}", leave=False):
+        scenes, rounds = dialogue(least_images + i % (4 - least_images), 6, pictures.rng, allowed)
+        records.append(llava_record([pictures.draw(scene) for scene in scenes],
+                                    [(len(new), asked, answer) for new, _, asked, answer in rounds]))
+    write_json(folder / DIALOGUE, records)
+
+
+def write_llava(folder: Path, n: int, pictures: Pictures, allowed) -> list[tuple[str, Scene]]:
+    """LLaVA's other two files, with n records of three rounds about one picture each; returns the pictures."""
+    records, shown = [], []
+    for _ in tqdm(range(n), f"drawing {folder}", leave=False):
+        scene = random_scene(pictures.rng, [scene for _, scene in shown[-1:]], allowed)
+        shown.append((pictures.draw(scene), scene))
+        asked = different([scene], ["the image"], 3, pictures.rng)
+        records.append(llava_record([shown[-1][0]], [(int(i == 0), *turn) for i, turn in enumerate(asked)]))
+    for file, part in zip(DETAIL, (records[::2], records[1::2])):
+        write_json(folder / file, part)
+    return shown
+
+
+def write_mimicit(folder: Path, code: str, samples: list[list[tuple[str, Scene]]], rng: random.Random):
+    """The instructions of MIMIC-IT's part `code`, three related ones for each sample of (picture, scene)."""
+    data = {}
+    for i, sample in enumerate(samples):
+        keys = [f"{code}_INS_{3 * i + k:06d}" for k in range(3)]
+        for key, (text, answer) in zip(keys, different([scene for _, scene in sample], TAGS[0], 3, rng)):
+            data[key] = {"instruction": text, "answer": answer, "rel_ins_ids": [k for k in keys if k != key],
+                         "image_ids": [f"{code}_IMG_{picture}" for picture, _ in sample]}
+    (folder / "MIMIC-IT").mkdir(exist_ok=True)
+    write_json(folder / f"MIMIC-IT/{code}_instructions.json", {"meta": {"version": "tiny"}, "data": data})
+
+
+def write_packed(folder: Path, code: str, n: int, most_images: int, pictures: Pictures, allowed):
+    """A part of MIMIC-IT that brings its pictures along, as base64 text in a JSON file."""
+    samples, texts = [], {}
+    for i in range(n):
+        samples.append([])
+        for _ in range(2 + i % (most_images - 1)):
+            scene = random_scene(pictures.rng, [scene for _, scene in samples[-1]], allowed)
+            file = BytesIO()
+            draw(scene, pictures.rng).save(file, "JPEG", quality=90)
+            samples[-1].append((f"{len(texts):06d}", scene))
+            texts[f"{code}_IMG_{len(texts):06d}"] = base64.b64encode(file.getvalue()).decode()
+    write_mimicit(folder, code, samples, pictures.rng)
+    write_json(folder / f"MIMIC-IT/{code}.json", texts)
+
+
+def write_sparkles(folder: Path, name: str, n: int, rng: random.Random, allowed):
+    """One part of SparklesDialogue: two rounds, the first about two pictures, with the second comes a third."""
+    pictures, dialogues = Pictures(folder / name / "images", rng, digits=1), []
+    for _ in range(n):
+        scenes, images, messages = [], [], []
+        for count in (2, 1):
+            for _ in range(count):
+                scenes.append(random_scene(rng, scenes, allowed))
+                images.append({"image_id": int(pictures.draw(scenes[-1])), "caption": " ".join(scenes[-1])})
+            topic = "which"
+            while topic == "which":             # its answer is a name, which would start with a capital letter
+                topic, asked, answer = question(scenes, [f"IMAGE#{image['image_id']}" for image in images], rng)
+            messages += [{"role": "user", "content": asked + SPARKLES_MARK * count, "images": images[-count:]},
+                         {"role": "assistant", "content": answer}]
+        dialogues.append({"dialogue": messages})
+    (folder / name / "annotations").mkdir(exist_ok=True)
+    write_json(folder / f"{name}/annotations/{name}.json", dialogues)
+
+
+def write_world(folder: Path, n: int, seed: int, allowed=seen):
+    """All nine datasets, the first two with n records each, the others smaller; combinations as `allowed`."""
+    pictures = Pictures(folder / COCO, random.Random(seed))
     (folder / "llava").mkdir(exist_ok=True)
-    files = {"detail_23k.json": [], "complex_reasoning_77k.json": [], "conversation_58k.json": []}
-    for number in tqdm(range(n_dialogues), desc=f"drawing {folder}", leave=False):
-        scenes, rounds = dialogue(1 + number % 3, n_rounds, rng, allowed)
-        names = [f"{number:08d}{i:04d}.jpg" for i in range(len(scenes))]
-        for name, scene in zip(names, scenes):
-            draw(scene, rng).save(pictures / name, quality=90)
-        turns = []
-        for new, _, asked, answer in rounds:
-            turns += [{"from": "human", "value": asked + f"\n{MARK}" * len(new)}, {"from": "gpt", "value": answer}]
-        several = len(names) > 1
-        file = "conversation_58k.json" if several else list(files)[number % 2]
-        record = {"id": f"{number:08d}", "image": names if several else names[0], "conversations": turns}
-        files[file].append(record)
-    for name, records in files.items():
-        write_json(folder / "llava" / name, records)
+    write_dialogues(folder, n, pictures, allowed, least_images=2)
+    shown = write_llava(folder, n, pictures, allowed)
+    write_mimicit(folder, "CGD", [shown[i:i + 2] for i in range(0, n // 2, 2)], pictures.rng)
+    for code, share, most_images in (("SD", 10, 2), ("SN", 50, 3), ("TVC", 50, 3), ("VST", 50, 3)):
+        write_packed(folder, code, n // share, most_images, pictures, allowed)
+    for name in ("SparklesDialogueCC", "SparklesDialogueVG"):
+        write_sparkles(folder, name, n // 20, pictures.rng, allowed)
 
 
 # ---- tokenizer ----
@@ -201,11 +303,12 @@ def train_tokenizer(folder: Path) -> Tokenizer:
     rng = random.Random(0)
     lines = [SYSTEM]
     for count in [1, 2, 3] * 2000:
-        _, asked, answer = question([random_scene(rng, [], anything) for _ in range(count)], rng)
-        lines.append(f"### Image {count}:\n### Question: {asked}\n### Answer: {answer}")
+        _, rounds = dialogue(count, 3, rng, anything)
+        lines += [f"### Image {count}:\n### Question: {asked}\n### Answer: {answer}"
+                  for _, _, asked, answer in rounds]
     lines += [value for values in ATTRIBUTES.values() for value in values]
     text = "\n".join("▁" + line.replace(" ", "▁") for line in lines)         # sentencepiece writes ▁ for a space
-    pieces = set(re.findall(r"▁?(?:[A-Za-z]+|\d|###|[^\w▁\s])", text))
+    pieces = {"▁", *re.findall(r"▁?(?:[A-Za-z]+|\d|###|[^\w▁\s])", text)}
     folder.mkdir(parents=True, exist_ok=True)
     SentencePieceTrainer.train(
         sentence_iterator=iter(lines), model_prefix=str(folder / "tokenizer"), user_defined_symbols=sorted(pieces),
@@ -275,9 +378,19 @@ def pretrain_vit(steps: int) -> VisionTransformer:
 # Heads that make the tower bind and compare early on, and are dropped afterwards. Without them, questions about
 # several images stay at guessing for hundreds of steps. name: (layer they read after, sizes of what they tell)
 HEADS = {"register": (1, [3, *WIDTHS]),     # first token after an image: its number and attributes
-         "number": (2, WIDTHS),             # an image's number in a question: its attributes
-         "pair": (3, [2] * 4),              # the second number in a question: what the two images share
+         "number": (2, WIDTHS),             # where a question names an image: its attributes
+         "pair": (3, [2] * 4),              # where it names a second one: what the two images share
          "word": (3, [2] * 3)}              # an attribute in question or answer: which images have it
+
+
+def called(pieces: list[str], i: int, shown: int) -> int | None:
+    """The index of the image that a question names with piece i, as one of TAGS or "the image", the last one."""
+    two_words = [piece.removeprefix("▁") for piece in pieces[i - 1:i + 1]]
+    for names in TAGS:
+        for index, name in enumerate(names[:shown]):
+            if name.split()[:2] == two_words:
+                return index
+    return shown - 1 if two_words == ["the", "image"] else None
 
 
 def probes(encoded: Encoded, scenes: list[Scene], tokenizer: Tokenizer) -> Iterator[tuple[str, int, list[int]]]:
@@ -291,8 +404,8 @@ def probes(encoded: Encoded, scenes: list[Scene], tokenizer: Tokenizer) -> Itera
             shown += 1
         if piece == "<s>":
             pair = []
-        elif label == IGNORE and pieces[i - 1] == "▁image" and word.isdigit():
-            pair.append(numeric[int(word) - 1])
+        elif label == IGNORE and (found := called(pieces, i, shown)) is not None:
+            pair.append(numeric[found])
             yield "number", i, pair[-1]
             if len(pair) == 2:
                 yield "pair", i, [int(a == b) for a, b in zip(*pair)]
@@ -424,10 +537,14 @@ def pretrain(folder: Path, names: list[str]):
 
 def ensure(data: Path):
     """Draw the data folder, and the two test folders within it, unless they are there."""
-    for folder, count, seed, allowed in ((data, N_DIALOGUES, 0, seen), (data / "test_seen", N_TEST, 1, seen),
-                                         (data / "test_unseen", N_TEST, 2, unseen)):
-        if not (folder / "llava/conversation_58k.json").exists():   # written last
-            write_world(folder, count, seed, allowed)
+    for name, seed, allowed in (("test_seen", 1, seen), ("test_unseen", 2, unseen)):
+        folder = data / name
+        if not (folder / DIALOGUE).exists():                    # written last
+            pictures = Pictures(folder / COCO, random.Random(seed))
+            (folder / "llava").mkdir(exist_ok=True)
+            write_dialogues(folder, N_TEST, pictures, allowed, least_images=1)
+    if not all((data / file).exists() for file in SOURCES["sparkles_dialogue"].files):     # written last
+        write_world(data, N_DIALOGUES, seed=0)
 
 
 def main():

@@ -24,7 +24,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")             # threads that s
 import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
-from torch.utils.data import DataLoader, DistributedSampler, Subset
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")   # meant for DeepSpeed
@@ -38,7 +38,8 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import logger, safe_get_full_fp32_param
 
 import shapes
-from data import SOURCES, Conversations, collate, encode, read, split, tensors
+from data import COCO, DIALOGUE, RECIPES, SOURCES, Conversations, Features, Reader, collate, encode, llava, order
+from data import read, split, tensors
 from llama import Tokenizer, read_json
 from mmca import ATTENTION, PAD
 from visualchat import IGNORE, REPOSITORIES, ModelConfig, VisualChat, build, save, towers, whole_answers
@@ -58,13 +59,16 @@ class Options:
     vit: str = option("", "folder of the QWen-VL weights; looked for if not given")
     # On what?
     data: str = option("", "data folder")
-    datasets: tuple[str, ...] = option(("llava", "llava_dial"), "which of its datasets", list(SOURCES))
+    datasets: tuple[str, ...] = option((), "datasets or mixtures of them; default: as the paper for this size",
+                                       [*SOURCES, *RECIPES])
+    skip_bad: bool = option(False, "leave out records that cannot be read, and say how many, instead of stopping")
+    cache_features: str = option("", "folder that keeps what the ViT makes of each picture; it runs once")
     seed: int = option(0, "of the validation split, the order and the projection's first values")
     # How?
     epochs: int = option(0, "passes over the data")
     batch: int = option(0, "conversations per step, over all ranks")
     micro_batch: int = option(0, "conversations per rank at a time; default at most 16 for tiny, else at most 4")
-    lr: float = option(1e-3, "peak learning rate, reached after 10 percent of the steps; then a cosine to zero")
+    lr: float = option(0.0, "peak learning rate, reached after 10 percent of the steps; then a cosine to zero")
     workers: int = option(2, "processes per rank that open pictures")
     exam: int = option(240, "dialogues of each test set to answer after training the tiny size; 0: none")
     # Where?
@@ -75,11 +79,17 @@ class Options:
     local_rank: int = option(0, "set by the launcher")
 
 
+# The paper's mixture for each size, and the epochs that it trains on each (section 5).
+MIXTURE = {"tiny": "single", "7b": "attention", "13b": "set2", "70b": "set2"}
+EPOCHS = {"attention": 5, "single": 10, "set1": 6, "set2": 6}
+
+
 def for_size(options: Options) -> Options:
     """Options with their empty ones filled in, for the real sizes as the paper has them (section 5)."""
-    usual = (dict(data="data/tiny", epochs=4, batch=16) if options.size == "tiny" else
-             dict(data="data", epochs={"7b": 5, "13b": 10, "70b": 6}[options.size], batch=128))
-    usual |= dict(out=f"out/{options.size}",
+    datasets = options.datasets or (MIXTURE[options.size],)
+    usual = (dict(data="data/tiny", epochs=4, batch=16, lr=2e-3) if options.size == "tiny" else
+             dict(data="data", epochs=EPOCHS.get(datasets[0], 6), batch=128, lr=1e-3))
+    usual |= dict(datasets=datasets, out=f"out/{options.size}",
                   precision="fp32" if get_accelerator().device_name() == "cpu" else "fp16")
     return replace(options, **{name: value for name, value in usual.items() if not getattr(options, name)})
 
@@ -88,10 +98,11 @@ def command_line() -> Options:
     """Options from the command line, a flag for each field."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for f in fields(Options):
-        many = isinstance(f.default, tuple)
         flags = dict.fromkeys((f"--{f.name.replace('_', '-')}", f"--{f.name}"))     # launcher: --local_rank
-        parser.add_argument(*flags, default=f.default, **f.metadata, nargs="+" if many else None,
-                            type=str if many else type(f.default))
+        kind = (dict(action="store_true") if f.default is False else
+                dict(nargs="+", type=str) if isinstance(f.default, tuple) else dict(type=type(f.default)))
+        parser.add_argument(*flags, default=f.default, help=f.metadata["help"], **kind,
+                            **({"choices": f.metadata["choices"]} if f.metadata["choices"] else {}))
     return for_size(Options(**vars(parser.parse_args())))
 
 
@@ -224,20 +235,24 @@ def evaluate(engine, batches: DataLoader) -> tuple[float, float]:
 
 # ---- the exam of the tiny world ----
 
-def ask(engine, tokenizer: Tokenizer, conversations: list, blind: bool) -> Iterator[tuple[str, str, bool]]:
-    """(images shown, topic, right word for word) for every question, after the true rounds before it.
+def ask(engine, tokenizer: Tokenizer, conversations: list, way: str) -> Iterator[tuple[str, str, bool]]:
+    """(images shown, topic, right word for word) for every question, asked in one of three ways.
 
-    Answers are decoded greedily, 64 at a time, with the KV cache. Blind: every picture is replaced by a gray one.
+    exact: after the true rounds before it; blind: the same, with a gray picture for every picture; alone: as the
+    first question of a conversation that shows all its pictures at once. Answers are decoded greedily, 64 at a time,
+    with the KV cache.
     """
     model, vision = engine.module, engine.module.vit.config
     questions = [(rounds, i) for rounds in conversations for i in range(len(rounds))]
     questions.sort(key=lambda question: len(question[0][question[1]].answer))   # short answers end together
     parts = [questions[i:i + 64] for i in range(0, len(questions), 64)]
     for part in tqdm(parts, "exam", leave=False, disable=dist.get_rank() != 0):
-        prompts = ([*rounds[:i], replace(rounds[i], answer=None)] for rounds, i in part)
+        prompts = [[*rounds[:i], replace(rounds[i], answer=None)] for rounds, i in part]
+        if way == "alone":
+            prompts = [[replace(turns[-1], images=sum((turn.images for turn in turns), ()))] for turns in prompts]
         rows = [tensors(encode(rounds, tokenizer, vision.n_queries), vision.image_size) for rounds in prompts]
         batch = on_device(collate(rows), engine)
-        images = torch.zeros_like(batch["images"]) if blind else batch["images"]    # normalized, so zero is gray
+        images = batch["images"] * (way != "blind")             # normalized, so zero is gray
         said, ended = [], False
         for token in model.generate(batch["ids"], batch["kind"], images, max_new_tokens=12):
             said.append(token)
@@ -250,20 +265,21 @@ def ask(engine, tokenizer: Tokenizer, conversations: list, blind: bool) -> Itera
 
 
 def exam(engine, tokenizer: Tokenizer, data: Path, n: int) -> list[dict]:
-    """Rows of eval.csv: exact match per topic, sighted and blind, in n dialogues of each test set of shapes.py."""
+    """Rows of eval.csv: exact match per topic and way of asking, in n dialogues of each test set of shapes.py."""
     engine.eval()
     rows = []
     for test in shapes.TESTS:
-        conversations = read(data / test, ["llava", "llava_dial"])
-        conversations = random.Random(0).sample(conversations, min(n, len(conversations)))
-        sighted, blind = (list(ask(engine, tokenizer, conversations, blind)) for blind in (False, True))
+        told = [conversation.rounds for conversation in
+                llava(Reader(test, data / test), [data / test / DIALOGUE], data / test / COCO)]
+        conversations = random.Random(0).sample(told, min(n, len(told)))
+        answers = {way: list(ask(engine, tokenizer, conversations, way)) for way in ("exact", "alone", "blind")}
         for images in ("one", "several"):
             for topic in ("all", *shapes.TOPICS):
-                found = [(a[2], b[2]) for a, b in zip(sighted, blind) if a[0] == images and topic in ("all", a[1])]
-                if found:
-                    exact, guessed = (round(sum(right) / len(found), 4) for right in zip(*found))
-                    rows.append(dict(test=test, images=images, topic=topic, questions=len(found), exact=exact,
-                                     blind=guessed))
+                right = {way: [whole for shown, about, whole in found if shown == images and topic in ("all", about)]
+                         for way, found in answers.items()}
+                if n_asked := len(right["exact"]):
+                    rows.append(dict(test=test, images=images, topic=topic, questions=n_asked,
+                                     **{way: round(sum(whole) / n_asked, 4) for way, whole in right.items()}))
     return rows
 
 
@@ -304,21 +320,29 @@ def write_csv(rows: list[dict], path: Path):
 
 # ---- the whole ----
 
-def loaders(options: Options, tokenizer: Tokenizer, model: VisualChat) -> tuple[DataLoader, DataLoader]:
-    """Batches of this rank for training and for validation; raises ValueError where the data does not fill one."""
-    rank, ranks = dist.get_rank(), dist.get_world_size()
-    train, held_out = (Conversations(part, tokenizer, model.vit.config, model.llama.config.max_position_embeddings)
-                       for part in split(read(Path(options.data), options.datasets), options.seed))
+def load_data(options: Options, tokenizer: Tokenizer, model: VisualChat) -> tuple[Conversations, Conversations]:
+    """For training and for validation; raises ValueError where there are too few conversations, and as `read`."""
+    rank, ranks, vit = dist.get_rank(), dist.get_world_size(), model.vit
+    found = read(Path(options.data), options.datasets, options.seed, options.skip_bad,
+                 tell=print if rank == 0 else lambda line: None)
+    features = None
+    if options.cache_features:
+        features = Features(Path(options.cache_features), vit)
+        pictures = list(dict.fromkeys(image for talk in found for turn in talk.rounds for image in turn.images))
+        features.fill(pictures[rank::ranks], vit.to(get_accelerator().current_device_name()), options.skip_bad)
+        dist.barrier()
+    limit = model.llama.config.max_position_embeddings
+    train, held_out = (Conversations(part, tokenizer, vit.config, limit, options.skip_bad, features)
+                       for part in split(found, options.seed))
     if len(train) < options.batch or len(held_out) < ranks:
         raise ValueError(f"{options.data} holds {len(train)} conversations for training and {len(held_out)} for "
                          f"validation, too few for --batch {options.batch} on {ranks} ranks")
-    # Step k takes the same conversations on any number of ranks; what fills no batch is left for another epoch.
-    sampler = DistributedSampler(train, ranks, rank, seed=options.seed, drop_last=True)
-    # Ranks must run the model equally often, so up to ranks - 1 of the held-out conversations are left out.
-    mine = Subset(held_out, range(rank, len(held_out) // ranks * ranks, ranks))
-    settings = dict(num_workers=options.workers, collate_fn=collate, persistent_workers=options.workers > 0)
-    return (DataLoader(train, options.micro_batch, sampler=sampler, drop_last=True, **settings),
-            DataLoader(mine, options.micro_batch, **settings))
+    return train, held_out
+
+
+def loader(rows: Conversations, indices: list[int], options: Options) -> DataLoader:
+    """Batches of these rows in this order, made by worker processes."""
+    return DataLoader(rows, options.micro_batch, sampler=indices, num_workers=options.workers, collate_fn=collate)
 
 
 def prepare(options: Options) -> tuple[VisualChat, ModelConfig, Tokenizer]:
@@ -337,17 +361,18 @@ def prepare(options: Options) -> tuple[VisualChat, ModelConfig, Tokenizer]:
     return model, config, Tokenizer(towers(config)[0])
 
 
-def fit(engine, batches: DataLoader, held_out: DataLoader, options: Options, config: ModelConfig):
+def fit(engine, train: Conversations, held_out: Conversations, options: Options, config: ModelConfig):
     """Train for all epochs; after each one look at the held-out conversations and write the result.
 
     Raises ValueError where the loss is no number any more; what earlier epochs wrote stays.
     """
-    main_rank, rows, started, out = dist.get_rank() == 0, [], time.time(), Path(options.out)
-    steps = len(batches.sampler) * dist.get_world_size() // options.batch
-    bar = tqdm(total=steps * options.epochs, disable=not main_rank)
+    rank, ranks, rows, started, out = dist.get_rank(), dist.get_world_size(), [], time.time(), Path(options.out)
+    steps = len(train) // options.batch                         # what fills no batch is left for another epoch
+    check = loader(held_out, order(len(held_out), options.seed, 0, rank, ranks), options)
+    bar = tqdm(total=steps * options.epochs, disable=rank != 0)
     for epoch in range(1, options.epochs + 1):
-        batches.sampler.set_epoch(epoch)
-        stream = iter(batches)
+        mine = order(len(train), options.seed, epoch, rank, ranks)[:steps * options.batch // ranks]
+        stream = iter(loader(train, mine, options))
         for _ in range(steps):
             lr = engine.get_lr()[0]
             loss, positions = train_step(engine, stream)
@@ -357,11 +382,14 @@ def fit(engine, batches: DataLoader, held_out: DataLoader, options: Options, con
                              seconds=round(time.time() - started, 2), val_loss="", exact_match=""))
             bar.set_postfix(loss=f"{loss:.3f}", lr=f"{lr:.1e}", refresh=False)
             bar.update()
-        rows[-1]["val_loss"], rows[-1]["exact_match"] = evaluate(engine, held_out)
+        rows[-1]["val_loss"], rows[-1]["exact_match"] = evaluate(engine, check)
         parts = trained(engine)
-        if main_rank:
+        skipped = torch.tensor(train.skipped.value + held_out.skipped.value, device=engine.device)
+        dist.all_reduce(skipped)
+        if rank == 0:
             bar.write(f"epoch {epoch}: validation loss {rows[-1]['val_loss']:.4f}, exact match "
-                      f"{rows[-1]['exact_match']:.1%} of the answers in held-out conversations")
+                      f"{rows[-1]['exact_match']:.1%} of the answers in held-out conversations"
+                      + (f"; {skipped.item()} conversations skipped so far, named above" if skipped else ""))
             save(out, parts, config)
             write_csv(rows, out / "log.csv")
             draw_curve(rows, out / "loss.png")
@@ -373,15 +401,15 @@ def run(options: Options):
     check_precision(options.precision)
     options = replace(options, micro_batch=micro_batch(options))
     model, config, tokenizer = prepare(options)
-    batches, held_out = loaders(options, tokenizer, model)
-    steps = len(batches.sampler) * dist.get_world_size() // options.batch * options.epochs
-    engine = engine_for(model, options, steps)
-    fit(engine, batches, held_out, options, config)
+    train, held_out = load_data(options, tokenizer, model)
+    engine = engine_for(model, options, len(train) // options.batch * options.epochs)
+    fit(engine, train, held_out, options, config)
     if options.size == "tiny" and options.exam:
         table = exam(engine, tokenizer, Path(options.data), options.exam)
         if dist.get_rank() == 0:
             write_csv(table, Path(options.out) / "eval.csv")
-            print("fresh drawings, one or several images shown: exact match, and blind, with every picture gray")
+            print("fresh drawings, one or several images shown: exact match after the true rounds before, asked alone "
+                  "in a first round, and blind, with every picture gray")
             for line in (table[0], *(row.values() for row in table)):
                 print("  ".join(f"{value:<11}" for value in line))
     if dist.get_rank() == 0:

@@ -47,11 +47,12 @@ class VisualChat(nn.Module):
         return f"trainable {readable(trained)} of {readable(sum(p.numel() for p in self.parameters()))}"
 
     def see(self, images: Tensor) -> Tensor:
-        """Pixels (N, 3, h, w) to image tokens (N, n_queries, C)."""
-        return self.projection(self.vit(images.to(self.vit.conv1.weight.dtype)))
+        """Pixels (N, 3, h, w), or what the ViT once made of them (N, n_queries, output_dim), to image tokens."""
+        images = images.to(self.vit.conv1.weight.dtype)
+        return self.projection(images if images.ndim == 3 else self.vit(images))    # (N, n_queries, C)
 
     def splice(self, ids: Tensor, kind: Tensor, images: Tensor) -> Tensor:
-        """Embeddings (B, T, C): words by ids (B, T); where kind (B, T) is IMAGE, the images (N, 3, h, w) in order.
+        """Embeddings (B, T, C): words by ids (B, T); where kind (B, T) is IMAGE, the images in order, as in `see`.
 
         Raises ValueError unless the places for image tokens are as many as the images fill.
         """
@@ -66,14 +67,13 @@ class VisualChat(nn.Module):
     def score(self, ids: Tensor, kind: Tensor, labels: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
         """For each answer token its loss in float32 and whether it is the likeliest, both (answer tokens).
 
-        ids, kind, labels (B, T), labels IGNORE off the answers; images (N, 3, h, w). All answer tokens of a round
+        ids, kind, labels (B, T), labels IGNORE off the answers; images as in `see`. All answer tokens of a round
         being the likeliest is the same as greedy decoding giving that answer word for word.
         """
         if len(images):
             x = self.splice(ids, kind, images)
         else:       # ZeRO-3 ranks gather weights together, so all must run the same modules: look at a blank
-            size = self.vit.config.image_size
-            x = self.splice(ids, kind, images) + (0 * self.see(ids.new_zeros(1, 3, size, size))).sum()
+            x = self.splice(ids, kind, images) + (0 * self.see(images.new_zeros(1, *images.shape[1:]))).sum()
         hidden = self.llama(x, kind)[:, :-1]                # position t predicts t + 1
         answer = labels[:, 1:] != IGNORE
         logits = self.llama.lm_head(hidden[answer]).float() # (answer tokens, vocabulary)

@@ -39,10 +39,10 @@ class VisionConfig:
 
 # ---- a picture from a file ----
 
-def open_image(file) -> Image.Image:
+def open_image(file, name=None) -> Image.Image:
     """An RGB picture from a path or file that Pillow opens: upright (EXIF), transparency on white, first frame.
 
-    Raises FileNotFoundError for no file, ValueError that names it for one that is damaged, huge or no picture.
+    Raises FileNotFoundError for no file, ValueError that names it (or `name`) for a damaged, huge or other file.
     """
     try:
         with Image.open(file) as opened:
@@ -50,7 +50,7 @@ def open_image(file) -> Image.Image:
     except FileNotFoundError:
         raise
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:   # what Pillow raises for bad files
-        raise ValueError(f"{file} is no readable picture: {error}") from error
+        raise ValueError(f"{name or file} is no readable picture: {error}") from error
     if image.mode.startswith("I") or image.mode == "F":                     # 16 or 32 bits: bring to 0..255
         values = np.asarray(image, dtype=np.float32)
         brightest = values.max(initial=0)

@@ -10,9 +10,9 @@ def write(folder, exact):
     folder.mkdir(parents=True)
     with open(folder / "eval.csv", "w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(["test", "images", "topic", "questions", "exact", "blind"])
-        writer.writerow(["test_seen", "one", "all", 100, exact, 0.25])
-        writer.writerow(["test_seen", "one", "color", 50, 0, 0])
+        writer.writerow(["test", "images", "topic", "questions", "exact", "alone", "blind"])
+        writer.writerow(["test_seen", "one", "all", 100, exact, 0.75, 0.25])
+        writer.writerow(["test_seen", "one", "color", 50, 0.125, 0, 0])
 
 
 def test_the_table_has_mean_and_range_of_the_seeds(tmp_path, monkeypatch, capsys):
@@ -25,7 +25,8 @@ def test_the_table_has_mean_and_range_of_the_seeds(tmp_path, monkeypatch, capsys
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "| | test_seen, one |"
     assert "| mmca | 95.0 (90.0 to 100.0) |" in lines and "| causal | 55.0 (50.0 to 60.0) |" in lines
-    assert "| causal, images gray | 25.0 (25.0 to 25.0) |" in lines
+    assert "| causal, every picture gray | 25.0 (25.0 to 25.0) |" in lines
+    assert "| mmca, weakest topic | 12.5 (12.5 to 12.5) |" in lines
 
 
 def test_a_missing_run_is_trained_with_settings_that_train_knows(tmp_path, monkeypatch):
@@ -37,7 +38,8 @@ def test_a_missing_run_is_trained_with_settings_that_train_knows(tmp_path, monke
 
     monkeypatch.setattr(ablations.subprocess, "run", trained)
     settings = ablations.VARIANTS["attention"]["causal"]
-    assert ablations.run("causal", settings, 7, tmp_path) == {("test_seen", "one"): {"exact": 0.5, "blind": 0.25}}
+    assert ablations.run("causal", settings, 7, tmp_path) == {
+        ("test_seen", "one"): {"exact": 0.5, "alone": 0.75, "blind": 0.25, "weakest": 0.125}}
     monkeypatch.setattr(sys, "argv", told[0][1:])
     options = train.command_line()
     assert (options.size, options.attention, options.seed) == ("tiny", "causal", 7)

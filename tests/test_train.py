@@ -21,10 +21,10 @@ SCRIPT = str(ROOT / "train.py")
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory) -> Path:
-    """A folder to train in: the shipped towers and 240 dialogues."""
+    """A folder to train in: the shipped towers and a small world."""
     folder = tmp_path_factory.mktemp("world")
     (folder / "weights").symlink_to(ROOT / "weights")
-    shapes.write_world(folder / "data/tiny", 240, seed=1)
+    shapes.write_world(folder / "data/tiny", 155, seed=1)
     return folder
 
 
@@ -39,8 +39,8 @@ def launch(world: Path, *command: str, path: str = "") -> str:
 def losses(world: Path, out: str, *options: str, ranks: int = 1, lr: str = "1e-4") -> list[float]:
     """The losses of an epoch of 13 steps, at the rate of a default run's first ten (its warm-up takes 54).
 
-    At the full rate from the first step on they were seen to drift apart by up to 0.018, probably because AdamW with
-    beta1 = 0 makes a whole step out of a gradient that is nothing but rounding.
+    At the full rate from the first step on they were seen to drift apart by up to 0.018, probably because AdamW
+    with beta1 = 0 makes a whole step out of a gradient that is nothing but rounding.
     """
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     launch(world, *(launcher if ranks > 1 else [sys.executable]), SCRIPT, "--epochs", "1", "--workers", "0",
