@@ -64,7 +64,7 @@ class Packed:
             file.seek(self.start)
             text = file.read(self.length)
         try:
-            return base64.b64decode(json.loads(b'"%b"' % text), validate=True)     # JSON may write / as \\/
+            return base64.b64decode(json.loads(b'"%b"' % text), validate=True)     # JSON may write / as \/
         except ValueError as error:
             raise ValueError(f"{self} is no base64 text: {error}") from error
 

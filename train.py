@@ -239,8 +239,8 @@ def ask(engine, tokenizer: Tokenizer, conversations: list, way: str) -> Iterator
     """(images shown, topic, right word for word) for every question, asked in one of three ways.
 
     exact: after the true rounds before it; blind: the same, with a gray picture for every picture; alone: as the
-    first question of a conversation that shows all its pictures at once. Answers are decoded greedily, 64 at a time,
-    with the KV cache.
+    first question of a conversation that shows all its pictures at once. Answers are decoded greedily, 64 at a
+    time, with the KV cache.
     """
     model, vision = engine.module, engine.module.vit.config
     questions = [(rounds, i) for rounds in conversations for i in range(len(rounds))]
@@ -275,8 +275,8 @@ def exam(engine, tokenizer: Tokenizer, data: Path, n: int) -> list[dict]:
         answers = {way: list(ask(engine, tokenizer, conversations, way)) for way in ("exact", "alone", "blind")}
         for images in ("one", "several"):
             for topic in ("all", *shapes.TOPICS):
-                right = {way: [whole for shown, about, whole in found if shown == images and topic in ("all", about)]
-                         for way, found in answers.items()}
+                right = {way: [whole for shown, about, whole in given
+                               if shown == images and topic in ("all", about)] for way, given in answers.items()}
                 if n_asked := len(right["exact"]):
                     rows.append(dict(test=test, images=images, topic=topic, questions=n_asked,
                                      **{way: round(sum(whole) / n_asked, 4) for way, whole in right.items()}))
@@ -369,31 +369,30 @@ def fit(engine, train: Conversations, held_out: Conversations, options: Options,
     rank, ranks, rows, started, out = dist.get_rank(), dist.get_world_size(), [], time.time(), Path(options.out)
     steps = len(train) // options.batch                         # what fills no batch is left for another epoch
     check = loader(held_out, order(len(held_out), options.seed, 0, rank, ranks), options)
-    bar = tqdm(total=steps * options.epochs, disable=rank != 0)
-    for epoch in range(1, options.epochs + 1):
-        mine = order(len(train), options.seed, epoch, rank, ranks)[:steps * options.batch // ranks]
-        stream = iter(loader(train, mine, options))
-        for _ in range(steps):
-            lr = engine.get_lr()[0]
-            loss, positions = train_step(engine, stream)
-            if not math.isfinite(loss):
-                raise ValueError(f"loss {loss} at step {len(rows) + 1}: try --precision bf16 or a lower --lr")
-            rows.append(dict(step=len(rows) + 1, epoch=epoch, loss=loss, lr=lr, positions=positions,
-                             seconds=round(time.time() - started, 2), val_loss="", exact_match=""))
-            bar.set_postfix(loss=f"{loss:.3f}", lr=f"{lr:.1e}", refresh=False)
-            bar.update()
-        rows[-1]["val_loss"], rows[-1]["exact_match"] = evaluate(engine, check)
-        parts = trained(engine)
-        skipped = torch.tensor(train.skipped.value + held_out.skipped.value, device=engine.device)
-        dist.all_reduce(skipped)
-        if rank == 0:
-            bar.write(f"epoch {epoch}: validation loss {rows[-1]['val_loss']:.4f}, exact match "
-                      f"{rows[-1]['exact_match']:.1%} of the answers in held-out conversations"
-                      + (f"; {skipped.item()} conversations skipped so far, named above" if skipped else ""))
-            save(out, parts, config)
-            write_csv(rows, out / "log.csv")
-            draw_curve(rows, out / "loss.png")
-    bar.close()
+    with tqdm(total=steps * options.epochs, disable=rank != 0) as bar:
+        for epoch in range(1, options.epochs + 1):
+            mine = order(len(train), options.seed, epoch, rank, ranks)[:steps * options.batch // ranks]
+            stream = iter(loader(train, mine, options))
+            for _ in range(steps):
+                lr = engine.get_lr()[0]
+                loss, positions = train_step(engine, stream)
+                if not math.isfinite(loss):
+                    raise ValueError(f"loss {loss} at step {len(rows) + 1}: try --precision bf16 or a lower --lr")
+                rows.append(dict(step=len(rows) + 1, epoch=epoch, loss=loss, lr=lr, positions=positions,
+                                 seconds=round(time.time() - started, 2), val_loss="", exact_match=""))
+                bar.set_postfix(loss=f"{loss:.3f}", lr=f"{lr:.1e}", refresh=False)
+                bar.update()
+            rows[-1]["val_loss"], rows[-1]["exact_match"] = evaluate(engine, check)
+            parts = trained(engine)
+            skipped = torch.tensor(train.skipped.value + held_out.skipped.value, device=engine.device)
+            dist.all_reduce(skipped)
+            if rank == 0:
+                bar.write(f"epoch {epoch}: validation loss {rows[-1]['val_loss']:.4f}, exact match "
+                          f"{rows[-1]['exact_match']:.1%} of the answers in held-out conversations"
+                          + (f"; {skipped.item()} conversations skipped so far, named above" if skipped else ""))
+                save(out, parts, config)
+                write_csv(rows, out / "log.csv")
+                draw_curve(rows, out / "loss.png")
 
 
 def run(options: Options):
@@ -408,8 +407,8 @@ def run(options: Options):
         table = exam(engine, tokenizer, Path(options.data), options.exam)
         if dist.get_rank() == 0:
             write_csv(table, Path(options.out) / "eval.csv")
-            print("fresh drawings, one or several images shown: exact match after the true rounds before, asked alone "
-                  "in a first round, and blind, with every picture gray")
+            print("fresh drawings, one or several images shown: share of answers right word for word, asked after\n"
+                  "the true rounds before (exact), as a first question (alone), with every picture gray (blind)")
             for line in (table[0], *(row.values() for row in table)):
                 print("  ".join(f"{value:<11}" for value in line))
     if dist.get_rank() == 0:
@@ -423,7 +422,10 @@ def main():
     try:
         run(options)
     except (OSError, ValueError) as error:
-        sys.exit(f"train.py: {error}")
+        message = str(error)
+        if message.startswith("Caught"):                        # in a worker: leave its traceback out
+            message = message.strip().rpartition("ValueError: ")[2]
+        sys.exit(f"train.py: {message}")
     dist.barrier()
     dist.destroy_process_group()
 

@@ -161,7 +161,8 @@ def test_llava_records_become_rounds_in_order(folder):
                                               ("llava_dial", "llava/conversation_58k.json", 2)])
 def test_concatenation_keeps_every_record_exactly_once(folder, name, file, most):
     several = record("<image><image> S?", "A.", image=["a.jpg", "b.jpg"])
-    data = folder(**LLAVA | {file: [record(f"<image> Q{i}?", "A.", f"R{i}?", "A.") for i in range(200)] + [several]})
+    records = [record(f"<image> Q{i}?", "A.", f"R{i}?", "A.") for i in range(200)]
+    data = folder(**LLAVA | {file: [*records, several]})
     talks = rounds_of(data, name)
     questions = [turn.question for talk in talks for turn in talk]
     assert sorted(questions) == sorted([f"{letter}{i}?" for letter in "QR" for i in range(200)] + ["S?"])
@@ -182,7 +183,7 @@ def test_cgd_instructions_about_the_same_images_are_one_conversation(folder):
     data = folder(**pictures_in("coco/train2017", "000000000001.jpg", "000000000002.jpg"), **{
         "MIMIC-IT/CGD_instructions.json": {"meta": {}, "data": {
             "CGD_INS_0": instruction("A", [two, one], ["CGD_INS_2", "CGD_INS_1", "CGD_INS_9"]),
-            "CGD_INS_1": instruction("B", [one, two], ["CGD_INS_0"]),           # another order: another conversation
+            "CGD_INS_1": instruction("B", [one, two], ["CGD_INS_0"]),           # another order: not the same
             "CGD_INS_2": instruction("C", [two, one], ["CGD_INS_0"]),
             "CGD_INS_3": instruction("D", [one, "CGD_IMG_000000000003"]),       # one image is absent
             "CGD_INS_4": instruction("E", ["CGD_IMG_000000000003"]),
@@ -203,7 +204,7 @@ def test_images_in_base64_are_read_from_their_place_in_the_file(folder, code):
         file = BytesIO()
         Image.new("RGB", (4, 4), (100 * i, 0, 0)).save(file, "PNG")
         shades[f"{code}_IMG_{i}"] = base64.b64encode(file.getvalue()).decode()
-    data = folder(**{f"MIMIC-IT/{code}.json": json.dumps(shades).replace("/", "\\/"),     # as some encoders write it
+    data = folder(**{f"MIMIC-IT/{code}.json": json.dumps(shades).replace("/", "\\/"),   # as some encoders do
                      f"MIMIC-IT/{code}_instructions.json": {"data": {
                          "X": instruction("A", [f"{code}_IMG_2", f"{code}_IMG_0"], ["Y"]),
                          "Y": instruction("B", [f"{code}_IMG_2", f"{code}_IMG_0"], ["X"])}}})
@@ -312,7 +313,8 @@ def sparkles(folder, records, names=("14.jpg", "1417.jpg", "804.jpg")):
 
 def test_sparkles_tags_are_whole_ids_in_one_style_per_conversation(folder):
     mark = "<Img><ImageHere></Img>"
-    talk = sparkle((f"Compare IMAGE#1417{mark} and\nIMAGE#14{mark}.", [1417, 14], "IMAGE#14 is big. IMAGE#1417 too."),
+    talk = sparkle((f"Compare IMAGE#1417{mark} and\nIMAGE#14{mark}.", [1417, 14],
+                    "IMAGE#14 is big. IMAGE#1417 too."),
                    (f"And IMAGE#804{mark}?", [804], "Like IMAGE#1417, not IMAGE#14!"))
     data = sparkles(folder, [talk] * 60)
     images = data / "SparklesDialogueCC/images"
@@ -331,8 +333,8 @@ def test_sparkles_tags_are_whole_ids_in_one_style_per_conversation(folder):
 
 def test_sparkles_leaves_out_what_does_not_qualify_and_counts_it(folder):
     good = sparkle(("IMAGE#14?", [14], "Yes."))
-    data = sparkles(folder, [sparkle(("IMAGE#15?", [15], "Yes.")), sparkle(("IMAGE#14?", [14], "IMAGE#1 is.")), good,
-                             sparkle(("Q?", [14] * 9, "Yes."))])
+    data = sparkles(folder, [good, sparkle(("IMAGE#15?", [15], "Yes.")), sparkle(("Q?", [14] * 9, "Yes.")),
+                             sparkle(("IMAGE#14?", [14], "IMAGE#1 is."))])
     told = []
     assert len(rounds_of(data, "sparkles_dialogue", tell=told.append)) == 1
     assert sorted(line.split(": ", 2)[2] for line in told) == [

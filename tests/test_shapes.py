@@ -110,7 +110,8 @@ def test_the_world_holds_all_nine_datasets(world):
         conversations = read(world, [name], tell=pytest.fail)   # nothing is left out
         assert conversations, name
         files = [[file for turn in talk.rounds for file in turn.images] for talk in conversations]
-        assert {len(shown) for shown in files} <= {1, 2, 3} and all(len(set(shown)) == len(shown) for shown in files)
+        assert {len(shown) for shown in files} <= {1, 2, 3}
+        assert all(len(set(shown)) == len(shown) for shown in files)
         for file in files[0]:
             assert open_picture(file, 16).shape == (3, 16, 16)
 

@@ -113,6 +113,32 @@ def test_the_launcher_starts_without_compiler_ninja_or_mpi(world, tmp_path):
     assert sum(int(row["questions"]) for row in rows) == 2 * 12 * 6
 
 
+def test_all_nine_datasets_train_and_kept_features_change_nothing(world):
+    nine = dict(lr="1e-5")                                      # features are kept in FP16: see `losses` for why
+    found = losses(world, "out/nine", "--datasets", "set2", **nine)
+    assert len(found) > 13                                      # more than the two datasets of the other tests
+    keeping = ["--datasets", "set2", "--cache-features", "features"]
+    assert losses(world, "out/kept", *keeping, ranks=2, **nine) == pytest.approx(found, abs=5e-3)
+    files = {file: file.stat().st_mtime_ns for file in (world / "features").rglob("*.safetensors")}
+    losses(world, "out/again", *keeping, **nine)
+    assert files and {file: file.stat().st_mtime_ns for file in (world / "features").rglob("*.*")} == files
+
+
+def test_a_broken_picture_stops_training_by_name_or_is_skipped_and_counted(world, tmp_path):
+    (tmp_path / "weights").symlink_to(ROOT / "weights")
+    shutil.copytree(world / "data/tiny", tmp_path / "data/tiny")
+    broken = tmp_path / "data/tiny/coco/train2017/000000000000.jpg"
+    broken.write_bytes(broken.read_bytes()[:500])
+    command = [sys.executable, SCRIPT, "--epochs", "1", "--exam", "0", "--data", "data/tiny"]
+    done = subprocess.run(command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True,
+                          text=True)
+    last = done.stderr.strip().splitlines()[-1]
+    assert done.returncode != 0 and last.startswith("train.py: data/tiny/llava/conversation_58k.json, record 0000")
+    assert "000000000000.jpg is no readable picture" in last and "--skip-bad" in last
+    assert "Traceback" not in done.stderr
+    assert "; 1 conversations skipped so far" in launch(tmp_path, *command, "--skip-bad")
+
+
 def test_absent_weights_are_asked_for_by_name(world):
     done = subprocess.run([sys.executable, SCRIPT, "--size", "7b", "--llama", "", "--out", "out/7b"], cwd=world,
                           env={**os.environ, "HF_HOME": str(world / "none")}, capture_output=True, text=True)
