@@ -9,7 +9,7 @@ Before: mmca.py, with the attention and the letters for shapes. Next: vit.py.
 """
 import json
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from sentencepiece import SentencePieceProcessor
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from mmca import PAD, fused_mmca
 
@@ -176,9 +177,10 @@ def read_file(path: Path, prefix: str = "") -> dict[str, Tensor]:
         raise ValueError(f"{path} is damaged or holds no tensors, get it again: {type(error).__name__}") from error
 
 
-def read_tensors(folder: Path, prefix: str) -> dict[str, Tensor]:
-    """The tensors of a folder whose name starts with `prefix`; raises as `shards` and `read_file` do."""
-    return {name: tensor for shard in shards(folder, prefix) for name, tensor in read_file(shard, prefix).items()}
+def read_tensors(folder: Path, prefix: str) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) of a folder, names with this prefix alone; one shard after the other; raises as they do."""
+    for shard in shards(folder, prefix):
+        yield from read_file(shard, prefix).items()
 
 
 def check(expected: dict[str, Tensor], found: dict[str, Tensor], source: Path):
@@ -229,6 +231,7 @@ class Llama(nn.Module):
     def __init__(self, config: LlamaConfig, attention: Callable = fused_mmca):
         super().__init__()
         self.config = config
+        self.recompute = False      # True: layers keep their input alone and compute again in the backward pass
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Layer(config, attention) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -244,7 +247,10 @@ class Llama(nn.Module):
         head_dim = self.config.hidden_size // self.config.num_attention_heads
         cos, sin = rope_table(positions, head_dim, self.config.rope_theta)
         for layer in self.layers:
-            x = layer(x, kind, cos, sin, cache)
+            if self.recompute and torch.is_grad_enabled() and cache is None:
+                x = checkpoint(layer, x, kind, cos, sin, None, use_reentrant=False)
+            else:
+                x = layer(x, kind, cos, sin, cache)
         return self.norm(x)
 
     @classmethod
@@ -258,10 +264,14 @@ class Llama(nn.Module):
         config = read_config(folder / "config.json")
         with torch.device("meta"):                              # no memory and no time spent on initial values
             llama = cls(config, attention)
-        tensors = {name.removeprefix("model."): tensor for name, tensor in read_tensors(folder, "").items()
-                   if not name.endswith("rotary_emb.inv_freq")}     # some official shards hold RoPE's own table
-        load_strictly(llama, tensors, folder, dtype, device)
+        load_strictly(llama, dict(cls.tensors(folder)), folder, dtype, device)
         return llama
+
+    @staticmethod
+    def tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
+        """(name here, tensor) of an official folder, memory-mapped."""
+        return ((name.removeprefix("model."), tensor) for name, tensor in read_tensors(folder, "")
+                if not name.endswith("rotary_emb.inv_freq"))        # some official shards hold RoPE's own table
 
 
 # ---- words ----

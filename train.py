@@ -8,10 +8,14 @@ is the paper's (section 5). This file alone needs deepspeed. Before: data.py, sh
 """
 import argparse
 import csv
+import json
 import math
 import os
 import random
+import shutil
+import signal
 import socket
+import subprocess
 import sys
 import time
 import warnings
@@ -69,6 +73,7 @@ class Options:
     batch: int = option(0, "conversations per step, over all ranks")
     micro_batch: int = option(0, "conversations per rank at a time; default at most 16 for tiny, else at most 4")
     lr: float = option(0.0, "peak learning rate, reached after 10 percent of the steps; then a cosine to zero")
+    embedding_lr: float = option(0.0, "peak learning rate of the token embedding; default that of --lr")
     workers: int = option(2, "processes per rank that open pictures")
     exam: int = option(240, "dialogues of each test set to answer after training the tiny size; 0: none")
     # Where?
@@ -76,6 +81,9 @@ class Options:
     precision: str = option("", "default fp16 on a GPU, fp32 on a CPU", ["fp16", "bf16", "fp32"])
     deepspeed_config: str = option("", "JSON file laid over the settings that DeepSpeed gets from here")
     out: str = option("", "folder for the result; default out/<size>")
+    save_steps: int = option(100, "steps between checkpoints for --resume; each epoch ends with one, too")
+    keep: int = option(2, "how many of the newest checkpoints to keep")
+    resume: bool = option(False, "go on where a run into the same folder was stopped or killed")
     local_rank: int = option(0, "set by the launcher")
 
 
@@ -91,7 +99,8 @@ def for_size(options: Options) -> Options:
              dict(data="data", epochs=EPOCHS.get(datasets[0], 6), batch=128, lr=1e-3))
     usual |= dict(datasets=datasets, out=f"out/{options.size}",
                   precision="fp32" if get_accelerator().device_name() == "cpu" else "fp16")
-    return replace(options, **{name: value for name, value in usual.items() if not getattr(options, name)})
+    options = replace(options, **{name: value for name, value in usual.items() if not getattr(options, name)})
+    return replace(options, embedding_lr=options.embedding_lr or options.lr)
 
 
 def command_line() -> Options:
@@ -161,6 +170,30 @@ def settings_for(options: Options) -> dict:
     return settings
 
 
+def build_shared_out(config: ModelConfig, dtype: torch.dtype, settings: dict) -> VisualChat:
+    """The model for ZeRO-3, of which every rank only ever holds its own part.
+
+    Names and shapes are checked on the meta device. Then every parameter is shared out, still empty, and each rank
+    copies its own stretch of it out of the memory-mapped file, without a word to the others.
+    """
+    model = build(config, dtype, device="meta")
+    for module in reversed(list(model.modules())):              # parts before the whole
+        module.to_empty(device=get_accelerator().current_device_name(), recurse=False)
+        if any(True for _ in module.parameters(recurse=False)):
+            deepspeed.zero.Init(module=module, config_dict_or_path=settings, dtype=dtype)
+    for tower, folder in zip((model.llama, model.vit), towers(config)):
+        parameters = dict(tower.named_parameters())
+        for name, tensor in tqdm(tower.tensors(folder), f"loading {folder}", total=len(parameters), leave=False,
+                                 disable=dist.get_rank() != 0):
+            part = parameters[name].ds_tensor
+            mine = tensor.flatten()[dist.get_rank() * part.numel():][:part.numel()]
+            part.data.flatten()[:len(mine)].copy_(mine)
+    with deepspeed.zero.GatheredParameters([model.llama.embed_tokens.weight, *model.projection.parameters()],
+                                           modifier_rank=0):
+        model.reset_projection()
+    return model
+
+
 def learning_rate(step: int, steps: int) -> float:
     """Share of the peak at a step: up in a straight line over a tenth of the steps, then down a cosine to zero."""
     warm_up = max(1, steps // 10)
@@ -169,15 +202,17 @@ def learning_rate(step: int, steps: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warm_up) / max(1, steps - warm_up)))
 
 
-def engine_for(model: VisualChat, options: Options, steps: int):
-    """The model in DeepSpeed's hands, with the paper's AdamW over what is trainable."""
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], options.lr,
+def engine_for(model: VisualChat, options: Options, steps: int, universal: bool):
+    """The model in DeepSpeed's hands, with the paper's AdamW over what is trainable.
+
+    Universal: it will load a checkpoint that another number of ranks wrote.
+    """
+    optimizer = torch.optim.AdamW([dict(params=list(model.projection.parameters()), lr=options.lr),
+                                   dict(params=[model.llama.embed_tokens.weight], lr=options.embedding_lr)],
                                   betas=(0.0, 0.95), weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate(step, steps))
-    if options.zero == 3:       # share out tensor by tensor now: initialize would first put all of it on every GPU
-        deepspeed.zero.Init(module=model, config_dict_or_path=settings_for(options))
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=schedule,
-                                      config=settings_for(options))
+                                      config=settings_for(options) | {"checkpoint": {"load_universal": universal}})
     return engine
 
 
@@ -191,7 +226,86 @@ def trained(engine) -> dict[str, Tensor]:
     return found
 
 
+# ---- checkpoints: what it takes to go on as if nothing had happened ----
+
+SAME = ("size", "attention", "datasets", "seed", "epochs", "batch", "lr", "embedding_lr", "zero", "precision")
+
+
+def latest(options: Options) -> dict | None:
+    """How far the newest complete checkpoint in the result's folder is, or None.
+
+    Raises ValueError where it belongs to a run with other options, or is there although --resume is not given.
+    """
+    folder = Path(options.out) / "checkpoints"
+    if not (folder / "latest").exists():
+        return None
+    progress = read_json(folder / (folder / "latest").read_text() / "progress.json")
+    if not options.resume:
+        raise ValueError(f"{options.out} holds a run that stopped at step {progress['step']}: go on with --resume, "
+                         f"start another with another --out, or delete {folder}")
+    now = {name: list(value) if isinstance(value := getattr(options, name), tuple) else value for name in SAME}
+    if differing := [name for name in SAME if progress["options"][name] != now[name]]:
+        raise ValueError("; ".join(f"{options.out} was started with {name} {progress['options'][name]}, now it is "
+                                   f"{now[name]}" for name in differing))
+    return progress
+
+
+def save_checkpoint(engine, options: Options, progress: dict):
+    """Every rank writes its part; then one rename makes the checkpoint the latest. A kill leaves the one before."""
+    folder, tag = Path(options.out) / "checkpoints", f"step-{progress['step']:08d}"
+    parts = trained(engine)
+    if dist.get_rank() == 0:
+        shutil.rmtree(folder / tag, ignore_errors=True)         # what a killed run left unfinished
+    dist.barrier()
+    engine.save_checkpoint(str(folder), tag, save_latest=False, exclude_frozen_parameters=True)
+    if dist.get_rank() == 0:
+        state = {**progress, "ranks": dist.get_world_size(), "options": {n: getattr(options, n) for n in SAME},
+                 "sums": {name: part.double().sum().item() for name, part in parts.items()}}
+        (folder / tag / "progress.json").write_text(json.dumps(state, indent=1))
+        (folder / "latest.new").write_text(tag)
+        os.replace(folder / "latest.new", folder / "latest")
+        for old in sorted(folder.glob("step-????????")):
+            if int(old.name[5:]) not in progress["saved"]:
+                shutil.rmtree(old)
+        shutil.rmtree(folder / "universal", ignore_errors=True)
+    dist.barrier()
+
+
+def load_checkpoint(engine, options: Options, progress: dict):
+    """Bring the engine to where a checkpoint left it; raises ValueError where what is trained is not restored."""
+    folder, tag = Path(options.out) / "checkpoints", f"step-{progress['step']:08d}"
+    if progress["ranks"] != dist.get_world_size():
+        if dist.get_rank() == 0:
+            subprocess.run([sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--input_folder",
+                            str(folder / tag), "--output_folder", str(folder / "universal")], check=True,
+                           stdout=subprocess.DEVNULL)
+        dist.barrier()
+        tag = "universal"
+    engine.load_checkpoint(str(folder), tag, load_module_strict=False)      # frozen weights came from their own files
+    sums = {name: part.double().sum().item() for name, part in trained(engine).items()}
+    if sums != progress["sums"]:
+        raise ValueError(f"{folder / tag} did not restore what is trained: delete it, and start from the one before")
+
+
 # ---- the loop ----
+
+class Stop:
+    """Whether somebody asked this process to end, by Ctrl-C or SIGTERM."""
+
+    def __init__(self):
+        self.asked = False
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.ask)
+
+    def ask(self, number, frame):
+        self.asked = True
+
+    def agreed(self, engine) -> bool:
+        """Whether any rank was asked: all ranks must leave together."""
+        asked = torch.tensor(float(self.asked), device=engine.device)
+        dist.all_reduce(asked)
+        return asked.item() > 0
+
 
 def on_device(batch: dict[str, Tensor], engine) -> dict[str, Tensor]:
     return {name: tensor.to(engine.device) for name, tensor in batch.items()}
@@ -353,7 +467,7 @@ def prepare(options: Options) -> tuple[VisualChat, ModelConfig, Tokenizer]:
     torch.manual_seed(options.seed)
     config = ModelConfig(options.size, options.attention, options.llama, options.vit)
     dtype = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[options.precision]
-    model = build(config, dtype)
+    model = build_shared_out(config, dtype, settings_for(options)) if options.zero == 3 else build(config, dtype)
     summary = model.freeze()
     if dist.get_rank() == 0:
         print(f"{summary}; {options.attention}, ZeRO-{options.zero}, {options.precision}, "
@@ -361,19 +475,44 @@ def prepare(options: Options) -> tuple[VisualChat, ModelConfig, Tokenizer]:
     return model, config, Tokenizer(towers(config)[0])
 
 
-def fit(engine, train: Conversations, held_out: Conversations, options: Options, config: ModelConfig):
-    """Train for all epochs; after each one look at the held-out conversations and write the result.
+def read_log(path: Path, step: int) -> list[dict]:
+    """The rows of log.csv up to a step."""
+    if not path.exists():
+        return []
+    kind = dict(step=int, epoch=int, positions=int)
+    with open(path) as file:
+        return [{name: value and kind.get(name, float)(value) for name, value in row.items()}
+                for row in csv.DictReader(file) if int(row["step"]) <= step]
 
-    Raises ValueError where the loss is no number any more; what earlier epochs wrote stays.
+
+def fit(engine, train: Conversations, held_out: Conversations, options: Options, config: ModelConfig,
+        progress: dict | None) -> bool:
+    """Train to the end, from `progress` on if given; returns whether it got there, or was asked to stop.
+
+    After each epoch it looks at the held-out conversations and writes the result, the best one also to best/. Raises
+    ValueError where the loss is no number any more; what was written before stays.
     """
-    rank, ranks, rows, started, out = dist.get_rank(), dist.get_world_size(), [], time.time(), Path(options.out)
+    rank, ranks, out, stop = dist.get_rank(), dist.get_world_size(), Path(options.out), Stop()
+    progress = progress or dict(step=0, best=math.inf, saved=[])
+    rows = read_log(out / "log.csv", progress["step"])
+    started = time.time() - (rows[-1]["seconds"] if rows else 0)
     steps = len(train) // options.batch                         # what fills no batch is left for another epoch
     check = loader(held_out, order(len(held_out), options.seed, 0, rank, ranks), options)
-    with tqdm(total=steps * options.epochs, disable=rank != 0) as bar:
-        for epoch in range(1, options.epochs + 1):
-            mine = order(len(train), options.seed, epoch, rank, ranks)[:steps * options.batch // ranks]
-            stream = iter(loader(train, mine, options))
-            for _ in range(steps):
+
+    def keep():
+        progress["step"] = len(rows)
+        progress["saved"] = ([step for step in progress["saved"] if step < len(rows)] + [len(rows)])[-options.keep:]
+        if rank == 0:
+            write_csv(rows, out / "log.csv")
+        save_checkpoint(engine, options, progress)
+
+    out.mkdir(parents=True, exist_ok=True)
+    with tqdm(total=steps * options.epochs, initial=len(rows), disable=rank != 0) as bar:
+        for epoch in range(len(rows) // steps + 1, options.epochs + 1):
+            mine = order(len(train), options.seed, epoch, rank, ranks)
+            done = len(rows) - (epoch - 1) * steps              # of this epoch, before the run was interrupted
+            stream = iter(loader(train, mine[done * options.batch // ranks:steps * options.batch // ranks], options))
+            for step in range(done + 1, steps + 1):
                 lr = engine.get_lr()[0]
                 loss, positions = train_step(engine, stream)
                 if not math.isfinite(loss):
@@ -382,7 +521,13 @@ def fit(engine, train: Conversations, held_out: Conversations, options: Options,
                                  seconds=round(time.time() - started, 2), val_loss="", exact_match=""))
                 bar.set_postfix(loss=f"{loss:.3f}", lr=f"{lr:.1e}", refresh=False)
                 bar.update()
+                if step < steps and ((stopping := stop.agreed(engine)) or step % options.save_steps == 0):
+                    keep()
+                    if stopping:
+                        return False
             rows[-1]["val_loss"], rows[-1]["exact_match"] = evaluate(engine, check)
+            best = rows[-1]["val_loss"] < progress["best"]
+            progress["best"] = min(progress["best"], rows[-1]["val_loss"])
             parts = trained(engine)
             skipped = torch.tensor(train.skipped.value + held_out.skipped.value, device=engine.device)
             dist.all_reduce(skipped)
@@ -390,19 +535,30 @@ def fit(engine, train: Conversations, held_out: Conversations, options: Options,
                 bar.write(f"epoch {epoch}: validation loss {rows[-1]['val_loss']:.4f}, exact match "
                           f"{rows[-1]['exact_match']:.1%} of the answers in held-out conversations"
                           + (f"; {skipped.item()} conversations skipped so far, named above" if skipped else ""))
-                save(out, parts, config)
-                write_csv(rows, out / "log.csv")
+                for folder in [out, out / "best"] if best else [out]:
+                    save(folder, parts, config)
                 draw_curve(rows, out / "loss.png")
+            keep()
+            if epoch < options.epochs and stop.agreed(engine):
+                return False
+    return True
 
 
 def run(options: Options):
     """Everything, in order; raises ValueError or FileNotFoundError where options, weights or data do not fit."""
     check_precision(options.precision)
     options = replace(options, micro_batch=micro_batch(options))
+    progress = latest(options)
     model, config, tokenizer = prepare(options)
     train, held_out = load_data(options, tokenizer, model)
-    engine = engine_for(model, options, len(train) // options.batch * options.epochs)
-    fit(engine, train, held_out, options, config)
+    universal = bool(progress) and progress["ranks"] != dist.get_world_size()
+    engine = engine_for(model, options, len(train) // options.batch * options.epochs, universal)
+    if progress:
+        load_checkpoint(engine, options, progress)
+    if not fit(engine, train, held_out, options, config, progress):
+        if dist.get_rank() == 0:
+            print(f"stopped; the same command with --resume goes on from {options.out}")
+        return
     if options.size == "tiny" and options.exam:
         table = exam(engine, tokenizer, Path(options.data), options.exam)
         if dist.get_rank() == 0:
@@ -412,6 +568,7 @@ def run(options: Options):
             for line in (table[0], *(row.values() for row in table)):
                 print("  ".join(f"{value:<11}" for value in line))
     if dist.get_rank() == 0:
+        shutil.rmtree(Path(options.out) / "checkpoints")        # the run is over
         print(f"{options.out} holds the result and log.csv, loss.png, eval.csv; talk to it with\n"
               f"    python chat.py --model {options.out} examples/a.png examples/b.png")
 

@@ -32,10 +32,14 @@ class VisualChat(nn.Module):
         super().__init__()
         self.vit = vit
         self.llama = llama
-        words = llama.embed_tokens.weight
-        self.projection = nn.Linear(vit.config.output_dim, llama.config.hidden_size).to(words)
-        # The encoder ends in a LayerNorm, so features have variance about 1: image tokens start as large as words.
-        nn.init.normal_(self.projection.weight, std=words.std().item() * vit.config.output_dim ** -0.5)
+        self.projection = nn.Linear(vit.config.output_dim, llama.config.hidden_size).to(llama.embed_tokens.weight)
+        if not llama.embed_tokens.weight.is_meta:
+            self.reset_projection()
+
+    def reset_projection(self):
+        """Random values for the projection, from torch's generator, so large that image tokens start as words do."""
+        std = self.llama.embed_tokens.weight.float().std().item()   # the encoder's LayerNorm gives variance about 1
+        nn.init.normal_(self.projection.weight, std=std * self.vit.config.output_dim ** -0.5)
         nn.init.zeros_(self.projection.bias)
 
     def freeze(self) -> str:

@@ -5,6 +5,7 @@
 Two habits differ from the usual ViT: there is no class token, and q, k, v lie interleaved per head in one matrix.
 Every module has its name in the official checkpoint, under `transformer.visual.`. Next file: visualchat.py.
 """
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -207,9 +208,14 @@ class VisionTransformer(nn.Module):
         out as DeepSpeed-VisualChat does. Raises FileNotFoundError for absent files, ValueError for unfitting ones.
         """
         folder = Path(folder)
-        tensors = {name.removeprefix(PREFIX): tensor for name, tensor in read_tensors(folder, PREFIX).items()}
-        tensors.pop("proj", None)
+        tensors = dict(cls.tensors(folder))
         with torch.device("meta"):                              # no memory and no time spent on initial values
             vit = cls(read_config(folder / "config.json", tensors))
         load_strictly(vit, tensors, folder, dtype, device)
         return vit
+
+    @staticmethod
+    def tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
+        """(name here, tensor) of a QWen-VL folder, memory-mapped, without `proj`."""
+        return ((name.removeprefix(PREFIX), tensor) for name, tensor in read_tensors(folder, PREFIX)
+                if name != f"{PREFIX}proj")

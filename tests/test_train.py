@@ -1,9 +1,12 @@
 """train.py: one result on any number of ranks and any ZeRO stage, the paper's schedule, files that others read."""
 import csv
 import os
+import random
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -85,6 +88,87 @@ def test_the_loss_falls_and_can_be_looked_at(world):
         last = list(csv.DictReader(file))[-1]
     assert 0 < float(last["val_loss"]) < found[0] and 0 <= float(last["exact_match"]) <= 1
     assert Image.open(world / "out/full/loss.png").size == (900, 500)
+
+
+# ---- nothing is lost ----
+
+def begin(world: Path, out: str, *options: str, ranks: int = 1) -> subprocess.Popen:
+    """Start a run of 13 steps that keeps a checkpoint of every second one."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    command = [*(launcher if ranks > 1 else [sys.executable]), SCRIPT, "--epochs", "1", "--workers", "0", "--exam", "0",
+               "--lr", "1e-4", "--save-steps", "2", "--out", out, *options]
+    return subprocess.Popen(command, cwd=world, env={**os.environ, "PYTHONPATH": str(ROOT)}, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
+
+
+def at(folder: Path) -> tuple[str, list[str]]:
+    """The latest complete checkpoint, and the ones that somebody has begun to write since."""
+    latest = (folder / "latest").read_text() if (folder / "latest").exists() else ""
+    return latest, [step.name for step in folder.glob("step-*") if step.name > latest]
+
+
+def wait_for(run: subprocess.Popen, condition, seconds: float = 120):
+    deadline = time.time() + seconds
+    while not condition():
+        assert run.poll() is None and time.time() < deadline, run.communicate()[0]
+        time.sleep(0.001)
+
+
+def finish(run: subprocess.Popen) -> str:
+    printed = run.communicate(timeout=300)[0]
+    assert run.returncode == 0, printed
+    return printed
+
+
+def test_a_run_killed_five_times_ends_with_the_same_bits_as_one_that_was_not(world):
+    finish(begin(world, "out/whole"))
+    chance, folder, while_saving = random.Random(0), world / "out/killed/checkpoints", 0
+    for delay in (0, chance.uniform(0, 0.1), 0, chance.uniform(0, 0.5), chance.uniform(0, 0.1)):
+        before = at(folder)[0]
+        run = begin(world, "out/killed", *["--resume"] * bool(before))
+        wait_for(run, lambda: at(folder)[0] > before)           # it got further than the one before
+        wait_for(run, lambda: at(folder)[1])                    # and is now about to write the next checkpoint
+        time.sleep(delay)
+        os.killpg(run.pid, signal.SIGKILL)
+        run.wait()
+        while_saving += bool(at(folder)[1])
+    assert while_saving >= 2
+    finish(begin(world, "out/killed", "--resume"))
+    for name in ("trained.safetensors", "best/trained.safetensors"):
+        assert (world / "out/killed" / name).read_bytes() == (world / "out/whole" / name).read_bytes()
+    assert not folder.exists()                                  # a finished run keeps no checkpoints
+    logs = [[row for row in csv.reader(open(world / out / "log.csv"))] for out in ("out/killed", "out/whole")]
+    seconds = logs[0][0].index("seconds")
+    assert [[*row[:seconds], *row[seconds + 1:]] for row in logs[0]] == [[*row[:seconds], *row[seconds + 1:]]
+                                                                       for row in logs[1]]
+
+
+@pytest.mark.parametrize("before, after, number", [(2, 1, signal.SIGTERM), (1, 2, signal.SIGINT)])
+def test_a_stopped_run_goes_on_with_another_number_of_ranks(world, reference, before, after, number):
+    out = f"out/{before}-to-{after}"
+    run = begin(world, out, ranks=before)
+    wait_for(run, lambda: at(world / out / "checkpoints")[0] or at(world / out / "checkpoints")[1])
+    os.kill(run.pid, number)
+    run.communicate(timeout=120)
+    stopped = int(at(world / out / "checkpoints")[0][5:])
+    assert stopped <= 3
+    again = subprocess.run([sys.executable, SCRIPT, "--out", out], cwd=world, capture_output=True, text=True,
+                           env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert again.returncode != 0 and f"stopped at step {stopped}: go on with --resume" in again.stderr
+    finish(begin(world, out, "--resume", ranks=after))
+    with open(world / out / "log.csv") as file:
+        found = [float(row["loss"]) for row in csv.DictReader(file)]
+    assert len(found) == len(reference) >= stopped + 10
+    assert found == pytest.approx(reference, abs=1e-3)
+
+
+def test_a_run_with_other_options_is_not_resumed(world):
+    run = begin(world, "out/other-options")
+    wait_for(run, lambda: at(world / "out/other-options/checkpoints")[0])
+    os.killpg(run.pid, signal.SIGKILL)
+    run.wait()
+    run = begin(world, "out/other-options", "--resume", "--seed", "5", "--batch", "8")
+    assert "was started with seed 0, now it is 5; " in run.communicate()[0] and run.returncode != 0
 
 
 def test_only_what_is_trained_changes_and_is_saved(world, reference, monkeypatch):
