@@ -44,9 +44,10 @@ from deepspeed.utils import logger, safe_get_full_fp32_param
 import shapes
 from data import COCO, DIALOGUE, RECIPES, SOURCES, Conversations, Features, Reader, collate, encode, llava, order
 from data import read, split, tensors
-from llama import Tokenizer, read_json
+from llama import LLAMA_2, Layer, Tokenizer, read_json
 from mmca import ATTENTION, PAD
 from visualchat import IGNORE, REPOSITORIES, ModelConfig, VisualChat, build, save, towers, whole_answers
+from vit import VisionConfig
 
 
 def option(default, help: str, choices: list | None = None):
@@ -79,11 +80,17 @@ class Options:
     # Where?
     zero: int = option(3, "ZeRO stage: what the ranks share out among them", [0, 1, 2, 3])
     precision: str = option("", "default fp16 on a GPU, fp32 on a CPU", ["fp16", "bf16", "fp32"])
+    offload: str = option("", "where what a rank holds waits while the GPU does not need it", ["", "cpu", "nvme"])
+    nvme: str = option("/local_nvme", "folder for --offload nvme")
+    recompute: bool = option(False, "keep only each layer's input; compute the rest again in the backward pass")
     deepspeed_config: str = option("", "JSON file laid over the settings that DeepSpeed gets from here")
+    show_config: bool = option(False, "print those settings and end")
     out: str = option("", "folder for the result; default out/<size>")
     save_steps: int = option(100, "steps between checkpoints for --resume; each epoch ends with one, too")
     keep: int = option(2, "how many of the newest checkpoints to keep")
     resume: bool = option(False, "go on where a run into the same folder was stopped or killed")
+    monitor: tuple[str, ...] = option((), "who else is told the figures, through DeepSpeed",
+                                      ["tensorboard", "wandb", "csv_monitor"])
     local_rank: int = option(0, "set by the launcher")
 
 
@@ -142,9 +149,18 @@ def check_precision(precision: str):
         raise ValueError("this machine cannot compute in bf16: take --precision fp16 or fp32")
 
 
-def micro_batch(options: Options) -> int:
+def counts(size: str) -> dict[str, int]:
+    """How many values a layer, the token embedding and all that is trained have, by the published sizes."""
+    llama, vit = (LLAMA_2[size], VisionConfig()) if size in LLAMA_2 else (shapes.LLAMA, shapes.VIT)
+    with torch.device("meta"):
+        layer = sum(p.numel() for p in Layer(llama, None).parameters())
+    embedding = (llama.vocab_size or 400) * llama.hidden_size   # tiny's vocabulary is in its tokenizer: below 400
+    return dict(layer=layer, embedding=embedding, trained=embedding + (vit.output_dim + 1) * llama.hidden_size)
+
+
+def micro_batch(options: Options, ranks: int) -> int:
     """Conversations per rank at a time; raises ValueError where they do not make up the batch."""
-    ranks, most = dist.get_world_size(), 16 if options.size == "tiny" else 4
+    most = 16 if options.size == "tiny" else 4
     fitting = [n for n in range(1, options.batch // ranks + 1) if options.batch % (n * ranks) == 0]
     wanted = options.micro_batch or max((n for n in fitting if n <= most), default=0)
     if wanted not in fitting:
@@ -154,17 +170,40 @@ def micro_batch(options: Options) -> int:
     return wanted
 
 
-def settings_for(options: Options) -> dict:
+def settings_for(options: Options, ranks: int) -> dict:
     """DeepSpeed's settings, with those of --deepspeed-config laid over them."""
+    sizes = counts(options.size)
+    zero = {
+        "stage": options.zero,
+        # Gradients exist for what is trained alone, so one bucket holds them all, and none is larger than needed.
+        "reduce_bucket_size": sizes["trained"],
+        # The next layer is fetched while this one computes: so many values ahead, and as many again in use. The
+        # released code's 0 turns that off. Nothing is kept from the forward pass for the backward pass, except the
+        # last layer, which is needed again at once.
+        "stage3_prefetch_bucket_size": sizes["layer"],
+        "stage3_max_live_parameters": 2 * sizes["layer"] + sizes["embedding"],
+        "stage3_max_reuse_distance": sizes["layer"],
+        # Norms and biases are so small that asking for them takes longer than holding them.
+        "stage3_param_persistence_threshold": 10 ** 5,
+    }
+    if options.offload:
+        where = {"device": options.offload, "pin_memory": True}
+        where |= {"nvme_path": options.nvme} if options.offload == "nvme" else {}
+        zero |= {"offload_optimizer": where} | ({"offload_param": where} if options.zero == 3 else {})
     settings = {
         "train_micro_batch_size_per_gpu": options.micro_batch,
-        "gradient_accumulation_steps": options.batch // (options.micro_batch * dist.get_world_size()),
+        "gradient_accumulation_steps": options.batch // (options.micro_batch * ranks),
         "gradient_clipping": 1.0,
-        "zero_optimization": {"stage": options.zero},
-        "fp16": {"enabled": options.precision == "fp16"},       # with a dynamic loss scale
+        "zero_optimization": zero,
+        # The loss scale starts at 65,536, halves when gradients overflow and doubles after 500 steps without.
+        "fp16": {"enabled": options.precision == "fp16", "initial_scale_power": 16, "loss_scale_window": 500},
         "bf16": {"enabled": options.precision == "bf16"},
+        "zero_force_ds_cpu_optimizer": False,                   # torch's AdamW serves offloaded masters, too
         "steps_per_print": 10 ** 9,                             # the progress bar says it
     }
+    for name in options.monitor:
+        place = {"project": "visualchat"} if name == "wandb" else {"output_path": f"{options.out}/monitor/"}
+        settings[name] = {"enabled": True, **place} | ({} if name == "wandb" else {"job_name": options.size})
     for name, value in (read_json(Path(options.deepspeed_config)) if options.deepspeed_config else {}).items():
         settings[name] = {**settings.get(name, {}), **value} if isinstance(value, dict) else value
     return settings
@@ -212,7 +251,7 @@ def engine_for(model: VisualChat, options: Options, steps: int, universal: bool)
                                   betas=(0.0, 0.95), weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate(step, steps))
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=schedule,
-                                      config=settings_for(options) | {"checkpoint": {"load_universal": universal}})
+                                      config=settings_for(options, dist.get_world_size()) | {"checkpoint": {"load_universal": universal}})
     return engine
 
 
@@ -327,7 +366,13 @@ def train_step(engine, batches: Iterator[dict[str, Tensor]]) -> tuple[float, int
         loss = engine(**batch) * count / total[0].clamp(min=1)
         mean += loss.detach()
         engine.backward(loss * dist.get_world_size() * accumulation)
-        engine.step()
+        try:
+            engine.step()
+        except Exception as error:                              # DeepSpeed has no narrower one for this
+            if "loss scale" not in str(error):
+                raise
+            raise ValueError("gradients overflow even at the least loss scale: try --precision bf16 or a lower --lr; "
+                             "the last checkpoint is good, and --resume goes on from it") from error
     dist.all_reduce(mean)
     return mean.item(), int(total[1])
 
@@ -467,7 +512,9 @@ def prepare(options: Options) -> tuple[VisualChat, ModelConfig, Tokenizer]:
     torch.manual_seed(options.seed)
     config = ModelConfig(options.size, options.attention, options.llama, options.vit)
     dtype = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[options.precision]
-    model = build_shared_out(config, dtype, settings_for(options)) if options.zero == 3 else build(config, dtype)
+    model = (build_shared_out(config, dtype, settings_for(options, dist.get_world_size())) if options.zero == 3
+             else build(config, dtype))
+    model.llama.recompute = options.recompute
     summary = model.freeze()
     if dist.get_rank() == 0:
         print(f"{summary}; {options.attention}, ZeRO-{options.zero}, {options.precision}, "
@@ -475,11 +522,30 @@ def prepare(options: Options) -> tuple[VisualChat, ModelConfig, Tokenizer]:
     return model, config, Tokenizer(towers(config)[0])
 
 
+def loss_scale(engine) -> float:
+    """What losses are multiplied by, so that FP16 gradients do not vanish; 1 in other precisions."""
+    return float(getattr(engine.optimizer, "loss_scale", 1)) if engine.fp16_enabled() else 1.0
+
+
+def show(bar: tqdm, rows: list[dict], options: Options):
+    """The last step in the progress bar; speeds over the last twenty, positions without padding."""
+    last, recent = rows[-1], rows[-20:]
+    seconds = max(recent[-1]["seconds"] - recent[0]["seconds"], 1e-3)
+    figures = dict(loss=f"{last['loss']:.3f}", lr=f"{last['lr']:.1e}")
+    if options.precision == "fp16":
+        figures |= {"scale": f"{last['loss_scale']:.0f}", "skipped": last["skipped"]}
+    if len(recent) > 1:
+        figures |= {"positions/s": round(sum(row["positions"] for row in recent[1:]) / seconds),
+                    "samples/s": f"{options.batch * (len(recent) - 1) / seconds:.1f}"}
+    bar.set_postfix(figures, refresh=False)
+    bar.update()
+
+
 def read_log(path: Path, step: int) -> list[dict]:
     """The rows of log.csv up to a step."""
     if not path.exists():
         return []
-    kind = dict(step=int, epoch=int, positions=int)
+    kind = dict(step=int, epoch=int, positions=int, skipped=int)
     with open(path) as file:
         return [{name: value and kind.get(name, float)(value) for name, value in row.items()}
                 for row in csv.DictReader(file) if int(row["step"]) <= step]
@@ -518,9 +584,9 @@ def fit(engine, train: Conversations, held_out: Conversations, options: Options,
                 if not math.isfinite(loss):
                     raise ValueError(f"loss {loss} at step {len(rows) + 1}: try --precision bf16 or a lower --lr")
                 rows.append(dict(step=len(rows) + 1, epoch=epoch, loss=loss, lr=lr, positions=positions,
-                                 seconds=round(time.time() - started, 2), val_loss="", exact_match=""))
-                bar.set_postfix(loss=f"{loss:.3f}", lr=f"{lr:.1e}", refresh=False)
-                bar.update()
+                                 seconds=round(time.time() - started, 2), loss_scale=loss_scale(engine),
+                                 skipped=engine.skipped_steps, val_loss="", exact_match=""))
+                show(bar, rows, options)
                 if step < steps and ((stopping := stop.agreed(engine)) or step % options.save_steps == 0):
                     keep()
                     if stopping:
@@ -547,7 +613,11 @@ def fit(engine, train: Conversations, held_out: Conversations, options: Options,
 def run(options: Options):
     """Everything, in order; raises ValueError or FileNotFoundError where options, weights or data do not fit."""
     check_precision(options.precision)
-    options = replace(options, micro_batch=micro_batch(options))
+    options = replace(options, micro_batch=micro_batch(options, dist.get_world_size()))
+    if options.show_config:
+        if dist.get_rank() == 0:
+            print(json.dumps(settings_for(options, dist.get_world_size()), indent=2))
+        return
     progress = latest(options)
     model, config, tokenizer = prepare(options)
     train, held_out = load_data(options, tokenizer, model)

@@ -1,5 +1,6 @@
 """train.py: one result on any number of ranks and any ZeRO stage, the paper's schedule, files that others read."""
 import csv
+import json
 import os
 import random
 import shutil
@@ -68,6 +69,25 @@ def test_two_ranks_that_share_out_every_parameter_agree_too(world, reference, tm
     (tmp_path / "all.json").write_text('{"zero_optimization": {"stage3_param_persistence_threshold": 0}}')
     settings = ["--deepspeed-config", str(tmp_path / "all.json")]
     assert losses(world, "out/shared", *settings, "--exam", "4", ranks=2) == pytest.approx(reference, abs=1e-3)
+
+
+def test_ranks_with_unequal_images_and_text_only_batches_end(world, tmp_path):
+    """One conversation per rank and step, half of them without any image, every parameter shared out."""
+    (tmp_path / "weights").symlink_to(ROOT / "weights")
+    (tmp_path / "data/tiny/coco").mkdir(parents=True)
+    (tmp_path / "data/tiny/coco/train2017").symlink_to(world / "data/tiny/coco/train2017")
+    (tmp_path / "data/tiny/llava").mkdir()
+    records = json.loads((world / "data/tiny/llava/conversation_58k.json").read_text())[:24]
+    for record in records[::2]:
+        del record["image"]
+        for turn in record["conversations"]:
+            turn["value"] = turn["value"].replace("\n<image>", "")
+    (tmp_path / "data/tiny/llava/conversation_58k.json").write_text(json.dumps(records))
+    (tmp_path / "all.json").write_text('{"zero_optimization": {"stage3_param_persistence_threshold": 0}}')
+    settings = ["--datasets", "llava_dial", "--batch", "2", "--micro-batch", "1", "--data", "data/tiny"]
+    found = losses(tmp_path, "out/uneven", *settings, "--deepspeed-config", str(tmp_path / "all.json"), ranks=2)
+    alone = losses(tmp_path, "out/alone", *settings)
+    assert len(found) >= 7 and found == pytest.approx(alone, abs=1e-3)
 
 
 @pytest.mark.parametrize("options", [["--zero", "0"], ["--zero", "2"], ["--micro-batch", "4"]])
@@ -240,18 +260,16 @@ def test_the_schedule_rises_for_a_tenth_and_falls_to_zero():
 
 @pytest.mark.parametrize("ranks, batch, wanted, found",
                          [(1, 16, 0, 16), (2, 16, 0, 8), (3, 48, 0, 16), (1, 40, 0, 10), (2, 16, 4, 4)])
-def test_micro_batches_make_up_the_batch(monkeypatch, ranks, batch, wanted, found):
-    monkeypatch.setattr(train.dist, "get_world_size", lambda: ranks)
+def test_micro_batches_make_up_the_batch(ranks, batch, wanted, found):
     options = train.for_size(train.Options(batch=batch, micro_batch=wanted))
-    assert train.micro_batch(options) == found
-    config = train.settings_for(replace(options, micro_batch=found))
+    assert train.micro_batch(options, ranks) == found
+    config = train.settings_for(replace(options, micro_batch=found), ranks)
     assert batch == found * ranks * config["gradient_accumulation_steps"]
 
 
-def test_a_batch_that_ranks_cannot_share_is_refused(monkeypatch):
-    monkeypatch.setattr(train.dist, "get_world_size", lambda: 3)
+def test_a_batch_that_ranks_cannot_share_is_refused():
     with pytest.raises(ValueError, match="another --batch"):
-        train.micro_batch(train.for_size(train.Options(batch=16)))
+        train.micro_batch(train.for_size(train.Options(batch=16)), 3)
 
 
 def test_fp16_is_refused_where_the_machine_lacks_it(monkeypatch):
