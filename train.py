@@ -506,7 +506,7 @@ def loader(rows: Conversations, indices: list[int], options: Options) -> DataLoa
 
 def prepare(options: Options) -> tuple[VisualChat, ModelConfig, Tokenizer]:
     """The model, partly frozen, its configuration and its tokenizer; draws the tiny world if it is not there."""
-    if options.size == "tiny" and dist.get_rank() == 0:
+    if Path(options.data) == shapes.DATA and dist.get_rank() == 0:      # nobody else's folder is drawn into
         shapes.ensure(Path(options.data))
     dist.barrier()
     torch.manual_seed(options.seed)
@@ -629,7 +629,7 @@ def run(options: Options):
         if dist.get_rank() == 0:
             print(f"stopped; the same command with --resume goes on from {options.out}")
         return
-    if options.size == "tiny" and options.exam:
+    if options.exam and (Path(options.data) / shapes.TESTS[0]).exists():
         table = exam(engine, tokenizer, Path(options.data), options.exam)
         if dist.get_rank() == 0:
             write_csv(table, Path(options.out) / "eval.csv")

@@ -74,17 +74,17 @@ def test_two_ranks_that_share_out_every_parameter_agree_too(world, reference, tm
 def test_ranks_with_unequal_images_and_text_only_batches_end(world, tmp_path):
     """One conversation per rank and step, half of them without any image, every parameter shared out."""
     (tmp_path / "weights").symlink_to(ROOT / "weights")
-    (tmp_path / "data/tiny/coco").mkdir(parents=True)
-    (tmp_path / "data/tiny/coco/train2017").symlink_to(world / "data/tiny/coco/train2017")
-    (tmp_path / "data/tiny/llava").mkdir()
+    (tmp_path / "data/other/coco").mkdir(parents=True)
+    (tmp_path / "data/other/coco/train2017").symlink_to(world / "data/tiny/coco/train2017")
+    (tmp_path / "data/other/llava").mkdir()
     records = json.loads((world / "data/tiny/llava/conversation_58k.json").read_text())[:24]
     for record in records[::2]:
         del record["image"]
         for turn in record["conversations"]:
             turn["value"] = turn["value"].replace("\n<image>", "")
-    (tmp_path / "data/tiny/llava/conversation_58k.json").write_text(json.dumps(records))
+    (tmp_path / "data/other/llava/conversation_58k.json").write_text(json.dumps(records))
     (tmp_path / "all.json").write_text('{"zero_optimization": {"stage3_param_persistence_threshold": 0}}')
-    settings = ["--datasets", "llava_dial", "--batch", "2", "--micro-batch", "1", "--data", "data/tiny"]
+    settings = ["--datasets", "llava_dial", "--batch", "2", "--micro-batch", "1", "--data", "data/other"]
     found = losses(tmp_path, "out/uneven", *settings, "--deepspeed-config", str(tmp_path / "all.json"), ranks=2)
     alone = losses(tmp_path, "out/alone", *settings)
     assert len(found) >= 7 and found == pytest.approx(alone, abs=1e-3)
