@@ -320,7 +320,12 @@ def load_checkpoint(engine, options: Options, progress: dict):
                            stdout=subprocess.DEVNULL)
         dist.barrier()
         tag = "universal"
-    engine.load_checkpoint(str(folder), tag, load_module_strict=False)      # frozen weights came from their own files
+    engine.load_checkpoint(str(folder), tag, load_module_strict=False)      # what is frozen has its own files
+    if tag == "universal":          # DeepSpeed 0.19 gives all parameter groups one step counter and one rate
+        for state in engine.optimizer.optimizer.state.values():
+            state["step"] = state["step"].clone()
+        for group, lr in zip(engine.optimizer.param_groups, engine.lr_scheduler.get_last_lr()):
+            group["lr"] = lr
     sums = {name: part.double().sum().item() for name, part in trained(engine).items()}
     if sums != progress["sums"]:
         raise ValueError(f"{folder / tag} did not restore what is trained: delete it, and start from the one before")
