@@ -247,3 +247,13 @@ def test_no_text_turns_into_bos_or_eos(tokenizer):
 def test_a_missing_tokenizer_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="tokenizer.model"):
         Tokenizer(tmp_path)
+
+
+def test_recomputing_changes_neither_values_nor_gradients():
+    model, kind, found = tiny(), torch.tensor([[1, 2, 2, 1, 1, 0], [1, 1, 2, 2, 1, 1]]), []
+    for model.recompute in (False, True):
+        x = torch.randn(2, 6, model.config.hidden_size, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        out = model(x, kind)
+        out.square().sum().backward()
+        found.append((out, x.grad))
+    assert all(torch.equal(a, b) for a, b in zip(*found))
