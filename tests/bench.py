@@ -2,6 +2,7 @@
 
     python tests/bench.py images      memory: one picture out of a 2 GB JSON file of base64 texts
     python tests/bench.py features    time: a training step on kept features against one that runs the ViT
+    python tests/bench.py loading     memory and time: two ZeRO-3 ranks load a random LLaMA of a billion parameters
 """
 import argparse
 import base64
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import asdict
 from io import BytesIO
 from pathlib import Path
 from statistics import median
@@ -19,10 +21,11 @@ sys.path.insert(0, str(ROOT))
 
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 import shapes
 from data import Conversations, Features, collate, open_picture, packed, read
-from llama import Tokenizer
+from llama import Llama, LlamaConfig, Tokenizer
 from visualchat import ModelConfig, build, towers
 
 
@@ -83,16 +86,70 @@ def features():
               f"ratio {after / before:.2f}")
 
 
+def billion(folder: Path) -> Path:
+    """An official folder with random BF16 weights of a LLaMA of a billion parameters, in eight shards."""
+    config = LlamaConfig(2048, 5632, 18, 16, 16)
+    with torch.device("meta"):
+        shapes_of = {name: t.shape for name, t in Llama(config).state_dict().items()}
+    names = list(shapes_of)
+    weight_map = {name if name.startswith("lm_head") else f"model.{name}": f"model-{8 * i // len(names)}.safetensors"
+                  for i, name in enumerate(names)}
+    for file in sorted(set(weight_map.values())):
+        save_file({name: torch.randn(shapes_of[name.removeprefix("model.")], dtype=torch.bfloat16) * 0.02
+                   for name, where in weight_map.items() if where == file}, folder / file)
+    shapes.write_json(folder / "model.safetensors.index.json", {"weight_map": weight_map})
+    shapes.write_json(folder / "config.json", {"model_type": "llama", **asdict(config)})
+    return folder
+
+
+def resident() -> tuple[float, float]:
+    """This process's resident memory now and at its peak, in MB of 1,000,000 bytes."""
+    found = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
+    return tuple(int(found[name].split()[0]) * 1024 / 1e6 for name in ("VmRSS", "VmHWM"))
+
+
+def loading():
+    """Two ranks load; beside it `dd` reads the same files."""
+    with tempfile.TemporaryDirectory() as folder:
+        billion(Path(folder))
+        files = sorted(Path(folder).glob("*.safetensors"))
+        size = sum(file.stat().st_size for file in files)
+        started = time.perf_counter()
+        for file in files:
+            subprocess.run(["dd", f"if={file}", "of=/dev/null", "bs=16M"], check=True, stderr=subprocess.DEVNULL)
+        print(f"weights {size / 1e6:.0f} MB, dd {time.perf_counter() - started:.2f} s")
+        subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", __file__,
+                        "rank", "--file", folder], check=True)
+
+
+def rank(folder: Path):
+    """One rank of `loading`."""
+    import train
+    train.start()
+    config = ModelConfig(llama=str(folder))
+    settings = train.settings_for(train.for_size(train.Options(precision="bf16", micro_batch=1, batch=2)), 2)
+    before = resident()[0]
+    train.dist.barrier()
+    started = time.perf_counter()
+    train.build_shared_out(config, torch.bfloat16, settings)
+    seconds = time.perf_counter() - started
+    print(f"rank {train.dist.get_rank()}: bare process {before:.0f} MB, peak while loading {resident()[1]:.0f} MB, "
+          f"{seconds:.2f} s", flush=True)
+    train.dist.barrier()
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["images", "features", "peak"])
+    parser.add_argument("what", choices=["images", "features", "loading", "peak", "rank"])
     parser.add_argument("--step", help=argparse.SUPPRESS)
     parser.add_argument("--file", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.what == "peak":
         peak(options.step, options.file)
+    elif options.what == "rank":
+        rank(options.file)
     else:
-        {"images": images, "features": features}[options.what]()
+        {"images": images, "features": features, "loading": loading}[options.what]()
 
 
 if __name__ == "__main__":
