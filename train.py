@@ -119,7 +119,9 @@ def start():
     logger.setLevel("WARNING")
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # would be compiled at the first start on a CPU
     deepspeed.init_distributed(verbose=False)
-    if get_accelerator().device_name() == "cpu":
+    if get_accelerator().device_name() != "cpu":
+        get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
+    else:
         ranks = int(os.environ.get("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", 1)))
         torch.set_num_threads(max(1, os.cpu_count() // ranks))  # more threads than cores make ranks wait
 
@@ -357,7 +359,7 @@ def prepare(options: Options) -> tuple[VisualChat, ModelConfig, Tokenizer]:
     summary = model.freeze()
     if dist.get_rank() == 0:
         print(f"{summary}; {options.attention}, ZeRO-{options.zero}, {options.precision}, "
-              f"{dist.get_world_size()} ranks, {options.micro_batch} conversations at a time")
+              f"{dist.get_world_size()} rank{'s' * (dist.get_world_size() > 1)}, {options.micro_batch} conversations at a time")
     return model, config, Tokenizer(towers(config)[0])
 
 
@@ -384,7 +386,7 @@ def fit(engine, train: Conversations, held_out: Conversations, options: Options,
                 bar.update()
             rows[-1]["val_loss"], rows[-1]["exact_match"] = evaluate(engine, check)
             parts = trained(engine)
-            skipped = torch.tensor(train.skipped.value + held_out.skipped.value, device=engine.device)
+            skipped = torch.tensor(sum(train.skipped) + sum(held_out.skipped), device=engine.device)
             dist.all_reduce(skipped)
             if rank == 0:
                 bar.write(f"epoch {epoch}: validation loss {rows[-1]['val_loss']:.4f}, exact match "
@@ -412,7 +414,7 @@ def run(options: Options):
             for line in (table[0], *(row.values() for row in table)):
                 print("  ".join(f"{value:<11}" for value in line))
     if dist.get_rank() == 0:
-        print(f"{options.out} holds the result and log.csv, loss.png, eval.csv; talk to it with\n"
+        print(f"{options.out} holds the result; log.csv and loss.png show how it came about. Talk to it with\n"
               f"    python chat.py --model {options.out} examples/a.png examples/b.png")
 
 
