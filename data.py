@@ -317,7 +317,7 @@ def packed(file: Path) -> dict[str, Packed]:
         pass                                                    # none yet, or damaged: it is only a shortcut
     images = {key: Packed(file, key, start, length) for key, start, length in scan(file)}
     try:
-        with tempfile.NamedTemporaryFile("w", dir=index.parent, delete=False) as new:   # ranks scan at the same time
+        with tempfile.NamedTemporaryFile("w", dir=index.parent, delete=False) as new:   # other ranks scan, too
             json.dump({"state": state, "texts": {key: [p.start, p.length] for key, p in images.items()}}, new)
         os.replace(new.name, index)
     except OSError as error:                                    # a data folder may be read-only

@@ -359,7 +359,7 @@ def prepare(options: Options) -> tuple[VisualChat, ModelConfig, Tokenizer]:
     summary = model.freeze()
     if dist.get_rank() == 0:
         print(f"{summary}; {options.attention}, ZeRO-{options.zero}, {options.precision}, "
-              f"{dist.get_world_size()} rank{'s' * (dist.get_world_size() > 1)}, {options.micro_batch} conversations at a time")
+              f"{dist.get_world_size()} ranks with {options.micro_batch} conversations at a time")
     return model, config, Tokenizer(towers(config)[0])
 
 
@@ -409,7 +409,7 @@ def run(options: Options):
         table = exam(engine, tokenizer, Path(options.data), options.exam)
         if dist.get_rank() == 0:
             write_csv(table, Path(options.out) / "eval.csv")
-            print("fresh drawings, one or several images shown: share of answers right word for word, asked after\n"
+            print("fresh drawings, one or several images shown: share of answers right word for word,\nasked after "
                   "the true rounds before (exact), as a first question (alone), with every picture gray (blind)")
             for line in (table[0], *(row.values() for row in table)):
                 print("  ".join(f"{value:<11}" for value in line))

@@ -204,10 +204,10 @@ def test_cgd_instructions_about_the_same_images_are_one_conversation(folder):
 
 def test_pictures_of_cgd_do_not_depend_on_the_order_of_a_set(folder):
     """Ranks are processes of their own, each with its own order of sets."""
-    data = folder(**pictures_in("coco/train2017", *(f"{i:012d}.{end}" for i in range(9) for end in ("jpg", "png"))), **{
-        "MIMIC-IT/CGD_instructions.json": {"data": {
-            f"CGD_INS_{i}": instruction("A", [f"CGD_IMG_{i:012d}"]) for i in range(9)}}})
-    code = f"from pathlib import Path; from data import read; print(read(Path({str(data)!r}), ['otter_mimicit_cgd']))"
+    names = [f"{i:012d}.{end}" for i in range(9) for end in ("jpg", "png")]
+    data = folder(**pictures_in("coco/train2017", *names), **{"MIMIC-IT/CGD_instructions.json": {"data": {
+        f"CGD_INS_{i}": instruction("A", [f"CGD_IMG_{i:012d}"]) for i in range(9)}}})
+    code = f"import pathlib, data; print(data.read(pathlib.Path({str(data)!r}), ['otter_mimicit_cgd']))"
     found = {subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent.parent, capture_output=True,
                             text=True, check=True, env={**os.environ, "PYTHONHASHSEED": seed}).stdout
              for seed in "12"}
@@ -327,7 +327,7 @@ def test_a_blend_talks_about_each_image_first_and_introduces_each_once(folder):
         assert more == [False, True] * (len(more) // 2)
     assert last_alone == {True, False}
     assert {len({turn.question for turn in rounds if " " not in turn.question}) for rounds in found} == {1, 2}
-    assert {sum(len(turn.images) == 0 for turn in rounds) for rounds in found} > {2, 3}       # not all talk each time
+    assert {sum(len(turn.images) == 0 for turn in rounds) for rounds in found} > {2, 3}   # not all talk is used
     assert found == rounds_of(data, "llava_otter_blend", tell=told.append)
 
 
@@ -482,8 +482,8 @@ def test_an_unknown_dataset_is_answered_with_the_known_ones(tmp_path):
 
 
 def test_mixtures_are_the_paper_s():
-    eight = ("llava", "llava_dial", "otter_mimicit_cgd", "otter_mimicit_sd", "otter_mimicit_sn", "otter_mimicit_tvc",
-             "otter_mimicit_vst", "llava_otter_blend")
+    eight = ("llava", "llava_dial", "otter_mimicit_cgd", "otter_mimicit_sd", "otter_mimicit_sn",
+             "otter_mimicit_tvc", "otter_mimicit_vst", "llava_otter_blend")
     assert RECIPES == {"attention": eight[:2], "single": eight[:2], "set1": eight,
                        "set2": (*eight, "sparkles_dialogue")}
 
