@@ -24,7 +24,7 @@ COLUMNS = {"exact": "", "weakest": ", weakest topic", "alone": ", asked in a fir
 def run(name: str, settings: list[str], seed: int, out: Path) -> dict[tuple[str, str], dict[str, float]]:
     """Train one run unless its result is there; returns {(test, images): {column of COLUMNS: share}}."""
     folder = out / f"{name}-{seed}"
-    if not (folder / "eval.csv").exists():
+    if not (folder / "eval.csv").exists() or "alone" not in (folder / "eval.csv").read_text():
         command = [sys.executable, str(Path(__file__).with_name("train.py")), "--size", "tiny", *settings]
         subprocess.run([*command, "--seed", str(seed), "--out", str(folder)], check=True)
     with open(folder / "eval.csv") as file:
@@ -50,11 +50,12 @@ def main():
     options = parser.parse_args()
     results = {name: [run(name, settings, seed, options.out) for seed in options.seeds]
                for name, settings in VARIANTS[options.comparison].items()}
-    print("| | " + " | ".join(f"{test}, {images}" for test, images in next(iter(results.values()))[0]) + " |")
-    print("|---" * (1 + len(next(iter(results.values()))[0])) + "|")
+    groups = list(next(iter(results.values()))[0])
+    print("| | " + " | ".join(f"{test}, {images}" for test, images in groups) + " |")
+    print("|---" * (1 + len(groups)) + "|")
     for name, found in results.items():
         for column, title in COLUMNS.items():
-            cells = [spread([table[group][column] for table in found]) for group in found[0]]
+            cells = [spread([table[group][column] for table in found]) for group in groups]
             print(f"| {name}{title} | " + " | ".join(cells) + " |")
 
 

@@ -16,14 +16,15 @@ import os
 import random
 import re
 import sys
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from io import BytesIO
 from itertools import groupby
-from multiprocessing import Value
+from multiprocessing import Array
 from pathlib import Path
 
 import torch
@@ -149,7 +150,7 @@ def encode(rounds: list[Round], tokenizer: Tokenizer, n_tokens: int, limit: int 
 # ---- what the nine readers share ----
 
 class LeftOut(Exception):
-    """A sample that its dataset's own rules leave out; the message is the reason."""
+    """A record that its dataset's own rules leave out; the message says so, with the reason."""
 
 
 @cache
@@ -176,7 +177,7 @@ class Reader:
     data: Path
     seed: int = 0
     skip_bad: bool = False
-    left_out: Counter = field(default_factory=Counter)          # reason: samples, by the dataset's rules
+    left_out: Counter = field(default_factory=Counter)          # what its own rules did to records: how many
     bad: list[str] = field(default_factory=list)                # what was wrong with records that were skipped
 
     def files(self) -> list[Path]:
@@ -190,12 +191,12 @@ class Reader:
     def each(self, file: Path, records: Iterable[tuple[str, object]], parse: Callable) -> Iterator[Conversation]:
         """What `parse` makes of each (key, record); raises ValueError that names a bad one, or skips it."""
         for key, record in records:
-            name = f"{file}, record {key}"
+            name = f"{file}, record {key if str(key).isprintable() else ascii(key)}"
             try:
                 conversation = Conversation(name, parse(record))
             except LeftOut as reason:
                 self.left_out[str(reason)] += 1
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
+            except (ValueError, KeyError, TypeError, AttributeError, OSError, RuntimeError) as error:
                 message = f"{name}: {type(error).__name__}: {error}"
                 if not self.skip_bad:
                     raise ValueError(f"{message}. Mend it, or leave such records out with --skip-bad") from error
@@ -205,8 +206,9 @@ class Reader:
 
 
 def answered(images: Iterable[Picture], question: str, answer: str) -> Round:
-    """A round with blanks tidied; raises ValueError where the question or the answer is empty."""
+    """A round with blanks tidied; raises ValueError where question or answer is empty or no valid Unicode."""
     question, answer = " ".join(question.split()), answer.strip()
+    (question + answer).encode()
     if not question or not answer:
         raise ValueError(f"an empty question or answer: {question[:60]!r}, {answer[:60]!r}")
     return Round(tuple(images), question, answer)
@@ -270,25 +272,32 @@ def scan(file: Path) -> Iterator[tuple[str, int, int]]:
     """
     broken = f"{file} is no JSON object of base64 texts, or was cut off: unexpected "
     between, part, text, start, offset = b"{", 0, b"", 0, 0
+
+    def kept(text: bytes) -> bytes:
+        """Of an image its end is enough; all else is short."""
+        if part != 3 and len(text) > 10_000:
+            raise ValueError(f"{broken}{text[:60]!r} before byte {offset}")
+        return text[-1:] if part == 3 else text
+
     with open(file, "rb") as stream, tqdm(total=file.stat().st_size, desc=f"scanning {file.name}", unit="B",
                                           unit_scale=True, leave=False) as bar:
         while chunk := stream.read(CHUNK):
             begin = 0
             for quote in (match.start() for match in re.finditer(b'"', chunk)):
-                text = (text + chunk[begin:quote])[-1000:]                  # of a long text its end is enough
-                fits = (text.strip() == between, b"\\" not in text, text.strip() == b":", text[-1:] != b"\\")
+                text = kept(text + chunk[begin:quote])
+                fits = (text.strip() == between, text[-1:] != b"\\", text.strip() == b":", text[-1:] != b"\\")
                 if not fits[part]:
                     raise ValueError(f"{broken}{text[-60:]!r} before byte {offset + quote}")
                 if part == 1:
-                    key, between = text.decode(), b","
+                    key, between = json.loads(b'"%b"' % text), b","
                 elif part == 3:
                     yield key, start, offset + quote - start
                 begin = quote + 1
                 part, text, start = (part + 1) % 4, b"", offset + begin
-            text = (text + chunk[begin:])[-1000:]
+            text = kept(text + chunk[begin:])
             offset += len(chunk)
             bar.update(len(chunk))
-    if part != 0 or text.strip() not in (b"}", b"{}"):
+    if part != 0 or b"".join(text.split()) != (b"}" if between == b"," else b"{}"):
         raise ValueError(f"{broken}{text[-60:]!r} at its end")
 
 
@@ -297,43 +306,55 @@ def packed(file: Path) -> dict[str, Packed]:
 
     The file is scanned once; `<file>.index` beside it then says where each text lies.
     """
-    index, state = file.with_name(f"{file.name}.index"), [file.stat().st_size, file.stat().st_mtime_ns]
-    found = read_json(index) if index.exists() else {}
-    if found.get("state") != state:
-        found = {"state": state, "texts": {key: place for key, *place in scan(file)}}
-        try:
-            new = index.with_name(f"{index.name}.{os.getpid()}")            # ranks may scan at the same time
-            new.write_text(json.dumps(found))
-            os.replace(new, index)
-        except OSError as error:                                            # a data folder may be read-only
-            print(f"{index} could not be written, so every start scans {file.name}: {error}", file=sys.stderr)
-    return {key: Packed(file, key, *place) for key, place in found["texts"].items()}
+    index, size = file.with_name(f"{file.name}.index"), file.stat().st_size
+    state = [size, file.stat().st_mtime_ns]
+    try:
+        found = read_json(index)
+        images = {key: Packed(file, key, start, length) for key, (start, length) in found["texts"].items()}
+        if found["state"] == state and all(0 <= p.start <= p.start + p.length <= size for p in images.values()):
+            return images
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        pass                                                    # none yet, or damaged: it is only a shortcut
+    images = {key: Packed(file, key, start, length) for key, start, length in scan(file)}
+    try:
+        with tempfile.NamedTemporaryFile("w", dir=index.parent, delete=False) as new:   # other ranks scan, too
+            json.dump({"state": state, "texts": {key: [p.start, p.length] for key, p in images.items()}}, new)
+        os.replace(new.name, index)
+    except OSError as error:                                    # a data folder may be read-only
+        print(f"{index} could not be written, so every start scans {file.name}: {error}", file=sys.stderr)
+    return images
 
 
 def mimicit(reader: Reader) -> Iterator[Conversation]:
     """Conversations of a part of MIMIC-IT: an instruction, and those related to it, about the same images."""
-    instructions, source, *_ = reader.files()
-    data = read_json(instructions)["data"]
-    pictures = ({f"CGD_IMG_{name[:-4]}": source / name for name in listing(source)} if source.is_dir()  # COCO's
-                else packed(source))
-    used = set()
+    file, source, *_ = reader.files()
+    data = read_json(file).get("data")
+    if not isinstance(data, dict):
+        raise ValueError(f"{file} holds no instructions under `data`")
+    pictures = ({f"CGD_IMG_{name[:-4]}": source / name for name in listing(source) if name.endswith(".jpg")}
+                if source.is_dir() else packed(source))                     # CGD's pictures are COCO's
 
-    def merged(key: str) -> list[Round]:
-        """The rounds of instruction `key` and of those related to it that are still unused."""
-        record = data[key]
-        used.add(key)
-        related = [other for other in record["rel_ins_ids"] if other not in used and other in data
-                   and data[other]["image_ids"] == record["image_ids"]]
-        used.update(related)
-        images = [image for image in map(pictures.get, record["image_ids"]) if image is not None]
-        if not images:
-            raise LeftOut("none of its images is there")
-        if len(images) > MOST_IMAGES:
-            raise LeftOut(f"more than {MOST_IMAGES} images")
-        return [answered(() if i else images, data[other]["instruction"], data[other]["answer"])
-                for i, other in enumerate([key, *related])]
+    def parsed(record: dict) -> list[Round]:
+        """An instruction as one round; raises LeftOut and what `each` catches."""
+        found = [pictures[name] for name in record["image_ids"] if name in pictures]
+        if not found:
+            raise LeftOut("left out: none of its images is there")
+        if len(found) > MOST_IMAGES:
+            raise LeftOut(f"left out: more than {MOST_IMAGES} images")
+        if len(found) < len(record["image_ids"]):
+            reader.left_out["kept without an image that is not there"] += 1
+        if not all(isinstance(other, str) for other in record["rel_ins_ids"]):
+            raise ValueError("rel_ins_ids is no list of names")
+        return [answered(found, record["instruction"].replace(MARK, " "), record["answer"])]
 
-    yield from reader.each(instructions, ((key, key) for key in data if key not in used), merged)
+    single = {key: talk for key, record in data.items() for talk in reader.each(file, [(key, record)], parsed)}
+    waiting = dict(single)                                                  # those that no conversation has yet
+    for key, talk in single.items():
+        if waiting.pop(key, None):
+            first = talk.rounds[0]
+            related = [waiting.pop(other).rounds[0] for other in data[key]["rel_ins_ids"]
+                       if other in waiting and waiting[other].rounds[0].images == first.images]
+            yield Conversation(talk.name, [first, *(replace(turn, images=()) for turn in related)])
 
 
 def blend(reader: Reader) -> Iterator[Conversation]:
@@ -351,12 +372,12 @@ def blend(reader: Reader) -> Iterator[Conversation]:
     for conversation in mimicit(reader):
         shown = conversation.rounds[0].images
         if not all(image in talks for image in shown[:-1]):
-            reader.left_out["an image that LLaVA does not talk about"] += 1
+            reader.left_out["left out: an image that LLaVA does not talk about"] += 1
             continue
         rounds, waiting = [], []
-        for image in shown:
+        for i, image in enumerate(shown, 1):
             talk = talks.get(image, [])
-            chosen = rng.sample(talk, rng.randint(int(image != shown[-1]), len(talk)))
+            chosen = rng.sample(talk, rng.randint(int(i < len(shown)), len(talk)))
             waiting += [] if chosen else [image]
             new = [turn for part in chosen for turn in part]
             rounds += [Round((image,) if i == 0 else (), turn.question, turn.answer) for i, turn in enumerate(new)]
@@ -379,14 +400,14 @@ def sparkles_rounds(record: dict, images: Path, names: list[str]) -> list[Round]
         raise ValueError(f"roles must alternate user, assistant; found {', '.join(roles) or 'none'}")
     ids = [str(image["image_id"]) for user in messages[::2] for image in user.get("images", [])]
     if len(ids) > MOST_IMAGES:
-        raise LeftOut(f"more than {MOST_IMAGES} images")
+        raise LeftOut(f"left out: more than {MOST_IMAGES} images")
     if any(f"{id}.jpg" not in listing(images) for id in ids):
-        raise LeftOut("an image is missing")
+        raise LeftOut("left out: an image is missing")
     name_of = dict(zip(ids, names))
 
     def named(tag: re.Match) -> str:
         if tag[1] not in name_of:
-            raise LeftOut("the text names an image that is not shown")
+            raise LeftOut("left out: the text names an image that is not shown")
         name, before = name_of[tag[1]], tag.string[:tag.start()].rstrip()
         return name if before and before[-1] not in ".?!" else name[0].upper() + name[1:]
 
@@ -455,7 +476,7 @@ def read(data: Path, datasets: Iterable[str], seed: int = 0, skip_bad: bool = Fa
         reader = Reader(name, data, seed, skip_bad)
         conversations += SOURCES[name].read(reader)
         for reason, count in reader.left_out.items():
-            tell(f"{name}: {count} samples left out: {reason}")
+            tell(f"{name}: {count} records {reason}")
         if reader.bad:
             tell(f"{name}: {len(reader.bad)} bad records skipped, the first is {reader.bad[0]}")
     return conversations
@@ -490,7 +511,7 @@ class Features:
     One FP16 safetensors file per picture, named by the picture's bytes and the encoder's weights.
     """
     def __init__(self, folder: Path, vit: VisionTransformer):
-        digest = hashlib.sha256(repr(vit.config).encode())
+        digest = hashlib.sha256(f"1 {vit.config}".encode())     # count up when pixels or open_image change
         for name, tensor in vit.state_dict().items():
             digest.update(name.encode())
             digest.update(tensor.contiguous().flatten().view(torch.uint8).cpu().numpy())
@@ -500,10 +521,12 @@ class Features:
         return self.folder / f"{hashlib.sha256(picture.read_bytes()).hexdigest()}.safetensors"
 
     def load(self, picture: Picture) -> Tensor:
-        """(n_queries, output_dim) in FP16; raises ValueError where the file holds anything else."""
-        found = read_file(self.file(picture))
+        """(n_queries, output_dim) in FP16; raises ValueError where there is no file or it holds anything else."""
+        if not (file := self.file(picture)).exists():
+            raise ValueError(f"no features were kept of {picture}: it could not be read")
+        found = read_file(file)
         if set(found) != {"features"} or found["features"].shape != self.shape:
-            raise ValueError(f"{self.file(picture)} holds no features {self.shape} of {picture}: delete it")
+            raise ValueError(f"{file} holds no features {self.shape} of {picture}: delete it")
         return found["features"]
 
     @torch.no_grad()
@@ -521,7 +544,7 @@ class Features:
                     raise
                 return None
 
-        with ThreadPoolExecutor() as pool:
+        with ThreadPoolExecutor(4) as pool:                     # a picture may take half a GB while it is opened
             for i in tqdm(range(0, len(pictures), n), "features", leave=False):
                 if new := [found for found in pool.map(opened, pictures[i:i + n]) if found]:
                     features = vit(torch.stack([image for _, image in new]).to(weight)).half().cpu()
@@ -558,14 +581,16 @@ class Conversations(Dataset):
                  limit: int = MAX_POSITIONS, skip_bad: bool = False, features: Features | None = None):
         self.conversations, self.tokenizer, self.vision, self.limit = conversations, tokenizer, vision, limit
         self.skip_bad, self.features = skip_bad, features
-        self.skipped = Value("i")                               # counts in all workers
+        self.skipped = Array("b", len(conversations), lock=False)           # marks, in the memory of all workers
 
     def __len__(self) -> int:
         return len(self.conversations)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        for i in range(len(self)):
-            conversation = self.conversations[(index + i) % len(self)]
+        if not 0 <= index < len(self):
+            raise IndexError(index)                             # ends `for row in rows`
+        for i in (*range(index, len(self)), *range(index)):
+            conversation = self.conversations[i]
             try:
                 encoded = encode(conversation.rounds, self.tokenizer, self.vision.n_queries, self.limit)
                 return tensors(encoded, self.vision.image_size, self.features)
@@ -573,9 +598,9 @@ class Conversations(Dataset):
                 message = f"{conversation.name}: {error}"
                 if not self.skip_bad:
                     raise ValueError(f"{message}. Mend it, or leave such records out with --skip-bad") from error
-                print(f"skipped {message}", file=sys.stderr)
-                with self.skipped.get_lock():
-                    self.skipped.value += 1
+                if not self.skipped[i]:
+                    print(f"skipped {printable(message)}", file=sys.stderr)
+                self.skipped[i] = 1
         raise ValueError("none of the conversations can be used")
 
 
@@ -583,21 +608,29 @@ class Conversations(Dataset):
 
 def marked(encoded: Encoded, tokenizer: Tokenizer) -> str:
     """A conversation as the model gets it, images by their files; what is learned stands in [[ ]]."""
-    text, images = "", iter(encoded.images)
-    n = encoded.kind.count(IMAGE) // max(1, len(encoded.images))
+    text, images, special = "", iter(encoded.images), {tokenizer.bos: "<s>", tokenizer.eos: "</s>"}
     for (kind, scored), run in groupby(zip(encoded.kind, encoded.labels, encoded.ids),
                                        key=lambda position: (position[0], position[1] != IGNORE)):
         ids = [id for _, _, id in run]
         if kind == IMAGE:
-            text += "".join(f"<{next(images)}>" for _ in range(len(ids) // n))
+            text += f"<{next(images)}>"                         # text stands between any two
         else:
-            said = "".join({tokenizer.bos: "<s>", tokenizer.eos: "</s>"}.get(special, tokenizer.decode(list(part)))
-                           for special, part in groupby(ids, lambda id: id if id in (1, 2) else 0))
+            said = "".join(special.get(mark, tokenizer.decode(list(part)))
+                           for mark, part in groupby(ids, lambda id: id if id in special else None))
             text += f"[[{said}]]" if scored else said
     return text
 
 
 COLUMNS = ("dataset", "paper", "samples", "left out", "bad", "images each", "longest", "cut")
+
+
+def printable(text: str) -> str:
+    """The text without characters that would command the terminal."""
+    return "".join(char if char.isprintable() or char == "\n" else ascii(char)[1:-1] for char in text)
+
+
+def say(text: str):
+    print(printable(text))
 
 
 def look(name: str, data: Path, tokenizer: Tokenizer, n_tokens: int, open_images: bool, examples: int) -> dict:
@@ -606,11 +639,11 @@ def look(name: str, data: Path, tokenizer: Tokenizer, n_tokens: int, open_images
     row = dict(dataset=name, paper=SOURCES[name].in_paper)
     try:
         conversations = list(SOURCES[name].read(reader))
-    except (FileNotFoundError, ValueError) as error:
-        print(f"\n{name}: {error}")
+    except (OSError, ValueError) as error:
+        say(f"\n{name}: {error}")
         return row
     longest = images = most = cut = 0
-    unreadable = {}
+    opened = set()
     print()
     for i, conversation in enumerate(tqdm(conversations, name, leave=False)):
         pictures = [picture for turn in conversation.rounds for picture in turn.images]
@@ -618,22 +651,25 @@ def look(name: str, data: Path, tokenizer: Tokenizer, n_tokens: int, open_images
         longest, images = max(longest, len(encoded.ids)), images + len(pictures)
         most, cut = max(most, len(pictures)), cut + (len(encoded.ids) > MAX_POSITIONS)
         if i < examples:
-            tqdm.write(f"{name}, {conversation.name}\n{marked(encoded, tokenizer)}\n")
-        for picture in pictures if open_images else ():
-            try:
+            tqdm.write(printable(f"{name}, {conversation.name}\n{marked(encoded, tokenizer)}\n"))
+        try:
+            encode(conversation.rounds, tokenizer, n_tokens)
+            for picture in {*pictures} - opened if open_images else ():
+                opened.add(picture)
                 open_picture(picture, 14)
-            except (ValueError, OSError) as error:
-                unreadable[picture] = f"{conversation.name}: {error}"
-    for problem in (*reader.bad, *unreadable.values()):
-        print(f"{name}: bad record: {problem}")
+        except (ValueError, OSError) as error:
+            reader.bad.append(f"{conversation.name}: {error}")
+    for problem in reader.bad:
+        say(f"{name}: bad record: {problem}")
     for reason, count in reader.left_out.items():
-        print(f"{name}: {count} samples left out: {reason}")
+        say(f"{name}: {count} records {reason}")
     n = len(conversations)
-    return row | {"samples": n, "left out": reader.left_out.total(), "bad": len(reader.bad) + len(unreadable),
+    left_out = sum(count for reason, count in reader.left_out.items() if reason.startswith("left out"))
+    return row | {"samples": n, "left out": left_out, "bad": len(reader.bad),
                   "images each": f"{images / max(n, 1):.1f}, at most {most}", "longest": longest, "cut": cut}
 
 
-def main():
+def check():
     """Print examples of each dataset, what is missing or wrong, and a table of all nine."""
     parser = argparse.ArgumentParser(description="Checks a data folder.")
     parser.add_argument("folder", nargs="?", type=Path, default=Path("data/tiny"))
@@ -652,6 +688,13 @@ def main():
     for row in rows:
         print(*(str(row.get(name, "missing")).rjust(width) for name, width in columns.items()), sep="  ")
     print(f"paper: samples in its Table 1; longest: in positions; cut: samples longer than {MAX_POSITIONS}")
+
+
+def main():
+    try:
+        check()
+    except (OSError, ValueError) as error:
+        sys.exit(f"data.py: {error}")
 
 
 if __name__ == "__main__":

@@ -133,7 +133,7 @@ def read_json(path: Path, expected: type = dict):
     """The object (or the list, if that is expected) in a JSON file; raises ValueError that names the file."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(found, expected):
         raise ValueError(f"{path} holds a {type(found).__name__}, expected a {expected.__name__}")

@@ -140,7 +140,9 @@ def start():
     logger.setLevel("WARNING")
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # would be compiled at the first start on a CPU
     deepspeed.init_distributed(verbose=False)
-    if get_accelerator().device_name() == "cpu":
+    if get_accelerator().device_name() != "cpu":
+        get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
+    else:
         ranks = int(os.environ.get("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", 1)))
         torch.set_num_threads(max(1, os.cpu_count() // ranks))  # more threads than cores make ranks wait
 
@@ -590,7 +592,7 @@ def prepare(options: Options) -> tuple[VisualChat, ModelConfig, Tokenizer]:
     summary = model.freeze()
     if dist.get_rank() == 0:
         print(f"{summary}; {options.attention}, ZeRO-{options.zero}, {options.precision}, "
-              f"{dist.get_world_size()} ranks, {options.micro_batch} conversations at a time")
+              f"{dist.get_world_size()} ranks with {options.micro_batch} conversations at a time")
     return model, config, Tokenizer(towers(config)[0])
 
 
@@ -667,7 +669,7 @@ def fit(engine, train: Conversations, held_out: Conversations, options: Options,
             best = rows[-1]["val_loss"] < progress["best"]
             progress["best"] = min(progress["best"], rows[-1]["val_loss"])
             parts = trained(engine)
-            skipped = torch.tensor(train.skipped.value + held_out.skipped.value, device=engine.device)
+            skipped = torch.tensor(sum(train.skipped) + sum(held_out.skipped), device=engine.device)
             dist.all_reduce(skipped)
             if rank == 0:
                 bar.write(f"epoch {epoch}: validation loss {rows[-1]['val_loss']:.4f}, exact match "
@@ -705,13 +707,13 @@ def run(options: Options):
         table = exam(engine, tokenizer, Path(options.data), options.exam)
         if dist.get_rank() == 0:
             write_csv(table, Path(options.out) / "eval.csv")
-            print("fresh drawings, one or several images shown: share of answers right word for word, asked after\n"
-                  "the true rounds before (exact), as a first question (alone), with every picture gray (blind)")
+            print("fresh drawings, one or several images shown: share of answers right word for word,\n"
+                  "asked after the true rounds before (exact), as a first question (alone), with every picture gray (blind)")
             for line in (table[0], *(row.values() for row in table)):
                 print("  ".join(f"{value:<11}" for value in line))
     if dist.get_rank() == 0:
         shutil.rmtree(Path(options.out) / "checkpoints")        # the run is over
-        print(f"{options.out} holds the result and log.csv, loss.png, eval.csv; talk to it with\n"
+        print(f"{options.out} holds the result; log.csv and loss.png show how it came about. Talk to it with\n"
               f"    python chat.py --model {options.out} examples/a.png examples/b.png")
 
 

@@ -21,6 +21,7 @@ MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073])[:, None, None]      # C
 STD = torch.tensor([0.26862954, 0.26130258, 0.27577711])[:, None, None]
 PREFIX = "transformer.visual."
 EPS = 1e-6
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")       # none that starts another program
 IN_CONFIG = ("image_size", "patch_size", "width", "layers", "heads", "output_dim")   # what config.json names
 
 
@@ -46,11 +47,11 @@ def open_image(file, name=None) -> Image.Image:
     Raises FileNotFoundError for no file, ValueError that names it (or `name`) for a damaged, huge or other file.
     """
     try:
-        with Image.open(file) as opened:
+        with Image.open(file, formats=FORMATS) as opened:
             image = ImageOps.exif_transpose(opened)                         # a copy, of the first frame
     except FileNotFoundError:
         raise
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:   # what Pillow raises for bad files
+    except Exception as error:                                  # Pillow's readers raise all kinds for bad files
         raise ValueError(f"{name or file} is no readable picture: {error}") from error
     if image.mode.startswith("I") or image.mode == "F":                     # 16 or 32 bits: bring to 0..255
         values = np.asarray(image, dtype=np.float32)
