@@ -409,8 +409,8 @@ def run(options: Options):
         table = exam(engine, tokenizer, Path(options.data), options.exam)
         if dist.get_rank() == 0:
             write_csv(table, Path(options.out) / "eval.csv")
-            print("fresh drawings, one or several images shown: share of answers right word for word,\nasked after "
-                  "the true rounds before (exact), as a first question (alone), with every picture gray (blind)")
+            print("fresh drawings, one or several images shown: share of answers right word for word,\n"
+                  "asked after the true rounds before (exact), as a first question (alone), with every picture gray (blind)")
             for line in (table[0], *(row.values() for row in table)):
                 print("  ".join(f"{value:<11}" for value in line))
     if dist.get_rank() == 0:
