@@ -158,7 +158,9 @@ def check_precision(precision: str):
 
 def sizes(size: str) -> tuple[LlamaConfig, VisionConfig]:
     """The published sizes of both towers; tiny's vocabulary is in its tokenizer, and smaller than said here."""
-    return (LLAMA_2[size], VisionConfig()) if size in LLAMA_2 else (replace(shapes.LLAMA, vocab_size=400), shapes.VIT)
+    if size in LLAMA_2:
+        return LLAMA_2[size], VisionConfig()
+    return replace(shapes.LLAMA, vocab_size=400), shapes.VIT
 
 
 def counts(llama: LlamaConfig, vit: VisionConfig) -> dict[str, int]:
@@ -263,8 +265,8 @@ def engine_for(model: VisualChat, options: Options, steps: int, universal: bool)
                                    dict(params=[model.llama.embed_tokens.weight], lr=options.embedding_lr)],
                                   betas=(0.0, 0.95), weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate(step, steps))
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=schedule,
-                                      config=settings_for(options, dist.get_world_size()) | {"checkpoint": {"load_universal": universal}})
+    settings = settings_for(options, dist.get_world_size()) | {"checkpoint": {"load_universal": universal}}
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=schedule, config=settings)
     return engine
 
 
@@ -283,8 +285,8 @@ def trained(engine) -> dict[str, Tensor]:
 def memory(options: Options, llama: LlamaConfig, vit: VisionConfig, gpus: int) -> dict[str, float]:
     """Bytes that one of `gpus` GPUs holds at the height of a step, by what they are for.
 
-    Frozen weights need no inputs for a gradient of theirs, so of each layer and position the backward pass wants only
-    what the other operations need: both norms' inputs in float32; q, k, v, two outputs of attention, one per
+    Frozen weights need no inputs for a gradient of theirs, so of each layer and position the backward pass wants
+    only what the other operations need: both norms' inputs in float32; q, k, v, two outputs of attention, one per
     softmax; SwiGLU's gate, its SiLU, and what that is multiplied with.
     """
     values, width, rows = counts(llama, vit), 4 if options.precision == "fp32" else 2, options.micro_batch
@@ -301,12 +303,12 @@ def memory(options: Options, llama: LlamaConfig, vit: VisionConfig, gpus: int) -
         "gradients": width * values["trained"] * (1 + 1 / gradients),       # a bucket, and what is kept of it
         "gathered": width * (2 * values["layer"] + values["embedding"]) if weights > 1 or not on_gpu else 0,
         "activations": layer + inputs if options.recompute else layer * llama.num_hidden_layers,
-        "logits": rows * options.length / 3 * llama.vocab_size * (width + 12),  # and in float32: copy, loss, gradient
+        "logits": rows * options.length / 3 * llama.vocab_size * (width + 12),  # 12: three more in float32
     }
 
 
 def plan(options: Options) -> str:
-    """What --plan prints: memory for each ZeRO stage, with and without recomputing and offload; steps and FLOPs."""
+    """What --plan prints: memory for each ZeRO stage, with and without recomputing; steps and FLOPs."""
     llama, vit = sizes(options.size)
     values, lines = counts(llama, vit), []
     for zero, offload, recompute in [(stage, "", again) for stage in range(4) for again in (False, True)] + [
@@ -326,12 +328,12 @@ def plan(options: Options) -> str:
     accumulation = options.batch // (options.micro_batch * options.gpus)
     return "\n".join([
         f"{options.size}: {readable(values['trained'])} trained, {readable(values['frozen'])} frozen; batch "
-        f"{options.batch} = {options.gpus} GPUs x {options.micro_batch} conversations x {accumulation} accumulated; "
-        f"{options.length} positions each", "", *lines, "",
-        f"{', '.join(names)}: {samples:,} conversations by the paper's count, {options.epochs} epochs: {steps:,} steps, "
-        f"at most {positions / 1e9:.2f} billion positions, {4 * llama_values * positions:.2e} FLOPs in LLaMA's",
-        "matrices (2 per value and position forward, 2 backward, since frozen weights get no gradient; half as many "
-        "more with --recompute)"])
+        f"{options.batch} = {options.gpus} GPUs x {options.micro_batch} conversations x {accumulation} times",
+        "", *lines, "",
+        f"{', '.join(names)}:", f"{samples:,} conversations by the paper's count, {options.epochs} epochs: "
+        f"{steps:,} steps of {options.batch} conversations with {options.length} positions,",
+        f"{4 * llama_values * positions:.2e} FLOPs in LLaMA's matrices: per value and position 2 forward and 2 "
+        "backward,", "since frozen weights get no gradient; with --recompute 2 more"])
 
 
 # ---- checkpoints: what it takes to go on as if nothing had happened ----
@@ -349,8 +351,8 @@ def latest(options: Options) -> dict | None:
         return None
     progress = read_json(folder / (folder / "latest").read_text() / "progress.json")
     if not options.resume:
-        raise ValueError(f"{options.out} holds a run that stopped at step {progress['step']}: go on with --resume, "
-                         f"start another with another --out, or delete {folder}")
+        raise ValueError(f"{options.out} holds a run that stopped at step {progress['step']}: go on with "
+                         f"--resume, start another with another --out, or delete {folder}")
     now = {name: list(value) if isinstance(value := getattr(options, name), tuple) else value for name in SAME}
     if differing := [name for name in SAME if progress["options"][name] != now[name]]:
         raise ValueError("; ".join(f"{options.out} was started with {name} {progress['options'][name]}, now it is "
@@ -359,7 +361,7 @@ def latest(options: Options) -> dict | None:
 
 
 def save_checkpoint(engine, options: Options, progress: dict):
-    """Every rank writes its part; then one rename makes the checkpoint the latest. A kill leaves the one before."""
+    """Every rank writes its part; then one rename makes it the latest. A kill leaves the one before."""
     folder, tag = Path(options.out) / "checkpoints", f"step-{progress['step']:08d}"
     parts = trained(engine)
     if dist.get_rank() == 0:
@@ -397,7 +399,7 @@ def load_checkpoint(engine, options: Options, progress: dict):
             group["lr"] = lr
     sums = {name: part.double().sum().item() for name, part in trained(engine).items()}
     if sums != progress["sums"]:
-        raise ValueError(f"{folder / tag} did not restore what is trained: delete it, and start from the one before")
+        raise ValueError(f"{folder / tag} did not restore what is trained: name an older one in {folder}/latest")
 
 
 # ---- the loop ----
@@ -445,8 +447,8 @@ def train_step(engine, batches: Iterator[dict[str, Tensor]]) -> tuple[float, int
         except Exception as error:                              # DeepSpeed has no narrower one for this
             if "loss scale" not in str(error):
                 raise
-            raise ValueError("gradients overflow even at the least loss scale: try --precision bf16 or a lower --lr; "
-                             "the last checkpoint is good, and --resume goes on from it") from error
+            raise ValueError("gradients overflow even at the least loss scale: try --precision bf16 or a lower "
+                             "--lr; the last checkpoint is good") from error
     dist.all_reduce(mean)
     return mean.item(), int(total[1])
 
@@ -625,33 +627,54 @@ def read_log(path: Path, step: int) -> list[dict]:
                 for row in csv.DictReader(file) if int(row["step"]) <= step]
 
 
+def keep(engine, options: Options, progress: dict, rows: list[dict]):
+    """Write the log and a checkpoint of the step just done."""
+    older = [step for step in progress["saved"] if step < len(rows)]
+    progress |= dict(step=len(rows), saved=[*older, len(rows)][-options.keep:])
+    if dist.get_rank() == 0:
+        write_csv(rows, Path(options.out) / "log.csv")
+    save_checkpoint(engine, options, progress)
+
+
+def end_epoch(engine, train: Conversations, held_out: Conversations, options: Options, config: ModelConfig,
+              progress: dict, rows: list[dict]) -> str:
+    """Look at the held-out conversations; write the result, to best/ too if it is that. Returns what to say."""
+    rank, ranks, out = dist.get_rank(), dist.get_world_size(), Path(options.out)
+    mine = order(len(held_out), options.seed, 0, rank, ranks)
+    loss, exact = evaluate(engine, loader(held_out, mine, options))
+    rows[-1] |= dict(val_loss=loss, exact_match=exact)
+    folders = [out, out / "best"] if loss < progress["best"] else [out]
+    progress["best"] = min(progress["best"], loss)
+    parts = trained(engine)
+    skipped = torch.tensor(sum(train.skipped) + sum(held_out.skipped), device=engine.device)
+    dist.all_reduce(skipped)
+    if rank == 0:
+        for folder in folders:
+            save(folder, parts, config)
+        draw_curve(rows, out / "loss.png")
+    return (f"epoch {rows[-1]['epoch']}: validation loss {loss:.4f}, exact match {exact:.1%} of the answers in "
+            "held-out conversations"
+            + (f"; {skipped.item()} conversations skipped so far, named above" if skipped else ""))
+
+
 def fit(engine, train: Conversations, held_out: Conversations, options: Options, config: ModelConfig,
         progress: dict | None) -> bool:
     """Train to the end, from `progress` on if given; returns whether it got there, or was asked to stop.
 
-    After each epoch it looks at the held-out conversations and writes the result, the best one also to best/. Raises
-    ValueError where the loss is no number any more; what was written before stays.
+    Raises ValueError where the loss is no number any more; what was written before stays.
     """
-    rank, ranks, out, stop = dist.get_rank(), dist.get_world_size(), Path(options.out), Stop()
+    rank, ranks, stop = dist.get_rank(), dist.get_world_size(), Stop()
     progress = progress or dict(step=0, best=math.inf, saved=[])
-    rows = read_log(out / "log.csv", progress["step"])
+    rows = read_log(Path(options.out) / "log.csv", progress["step"])
+    Path(options.out).mkdir(parents=True, exist_ok=True)
     started = time.time() - (rows[-1]["seconds"] if rows else 0)
     steps = len(train) // options.batch                         # what fills no batch is left for another epoch
-    check = loader(held_out, order(len(held_out), options.seed, 0, rank, ranks), options)
-
-    def keep():
-        progress["step"] = len(rows)
-        progress["saved"] = ([step for step in progress["saved"] if step < len(rows)] + [len(rows)])[-options.keep:]
-        if rank == 0:
-            write_csv(rows, out / "log.csv")
-        save_checkpoint(engine, options, progress)
-
-    out.mkdir(parents=True, exist_ok=True)
+    share = options.batch // ranks                              # conversations per rank and step
     with tqdm(total=steps * options.epochs, initial=len(rows), disable=rank != 0) as bar:
         for epoch in range(len(rows) // steps + 1, options.epochs + 1):
-            mine = order(len(train), options.seed, epoch, rank, ranks)
             done = len(rows) - (epoch - 1) * steps              # of this epoch, before the run was interrupted
-            stream = iter(loader(train, mine[done * options.batch // ranks:steps * options.batch // ranks], options))
+            mine = order(len(train), options.seed, epoch, rank, ranks)[done * share:steps * share]
+            stream = iter(loader(train, mine, options))
             for step in range(done + 1, steps + 1):
                 lr = engine.get_lr()[0]
                 loss, positions = train_step(engine, stream)
@@ -661,25 +684,16 @@ def fit(engine, train: Conversations, held_out: Conversations, options: Options,
                                  seconds=round(time.time() - started, 2), loss_scale=loss_scale(engine),
                                  skipped=engine.skipped_steps, val_loss="", exact_match=""))
                 show(bar, rows, options)
-                if step < steps and ((stopping := stop.agreed(engine)) or step % options.save_steps == 0):
-                    keep()
+                stopping = stop.agreed(engine)
+                if step < steps and (stopping or step % options.save_steps == 0):
+                    keep(engine, options, progress, rows)
                     if stopping:
                         return False
-            rows[-1]["val_loss"], rows[-1]["exact_match"] = evaluate(engine, check)
-            best = rows[-1]["val_loss"] < progress["best"]
-            progress["best"] = min(progress["best"], rows[-1]["val_loss"])
-            parts = trained(engine)
-            skipped = torch.tensor(sum(train.skipped) + sum(held_out.skipped), device=engine.device)
-            dist.all_reduce(skipped)
+            message = end_epoch(engine, train, held_out, options, config, progress, rows)
             if rank == 0:
-                bar.write(f"epoch {epoch}: validation loss {rows[-1]['val_loss']:.4f}, exact match "
-                          f"{rows[-1]['exact_match']:.1%} of the answers in held-out conversations"
-                          + (f"; {skipped.item()} conversations skipped so far, named above" if skipped else ""))
-                for folder in [out, out / "best"] if best else [out]:
-                    save(folder, parts, config)
-                draw_curve(rows, out / "loss.png")
-            keep()
-            if epoch < options.epochs and stop.agreed(engine):
+                bar.write(message)
+            keep(engine, options, progress, rows)
+            if stopping and epoch < options.epochs:
                 return False
     return True
 
@@ -708,7 +722,7 @@ def run(options: Options):
         if dist.get_rank() == 0:
             write_csv(table, Path(options.out) / "eval.csv")
             print("fresh drawings, one or several images shown: share of answers right word for word,\n"
-                  "asked after the true rounds before (exact), as a first question (alone), with every picture gray (blind)")
+                  "asked after the true rounds before (exact), as a first question (alone), with gray pictures (blind)")
             for line in (table[0], *(row.values() for row in table)):
                 print("  ".join(f"{value:<11}" for value in line))
     if dist.get_rank() == 0:

@@ -37,8 +37,8 @@ class VisualChat(nn.Module):
             self.reset_projection()
 
     def reset_projection(self):
-        """Random values for the projection, from torch's generator, so large that image tokens start as words do."""
-        std = self.llama.embed_tokens.weight.float().std().item()   # the encoder's LayerNorm gives variance about 1
+        """Random values for the projection, so large that image tokens start as large as words."""
+        std = self.llama.embed_tokens.weight.float().std().item()   # the encoder ends in a LayerNorm: variance 1
         nn.init.normal_(self.projection.weight, std=std * self.vit.config.output_dim ** -0.5)
         nn.init.zeros_(self.projection.bias)
 

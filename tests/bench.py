@@ -92,8 +92,8 @@ def billion(folder: Path) -> Path:
     with torch.device("meta"):
         shapes_of = {name: t.shape for name, t in Llama(config).state_dict().items()}
     names = list(shapes_of)
-    weight_map = {name if name.startswith("lm_head") else f"model.{name}": f"model-{8 * i // len(names)}.safetensors"
-                  for i, name in enumerate(names)}
+    weight_map = {name if name.startswith("lm_head") else f"model.{name}":
+                  f"model-{8 * i // len(names)}.safetensors" for i, name in enumerate(names)}
     for file in sorted(set(weight_map.values())):
         save_file({name: torch.randn(shapes_of[name.removeprefix("model.")], dtype=torch.bfloat16) * 0.02
                    for name, where in weight_map.items() if where == file}, folder / file)
@@ -118,8 +118,8 @@ def loading():
         for file in files:
             subprocess.run(["dd", f"if={file}", "of=/dev/null", "bs=16M"], check=True, stderr=subprocess.DEVNULL)
         print(f"weights {size / 1e6:.0f} MB, dd {time.perf_counter() - started:.2f} s")
-        subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", __file__,
-                        "rank", "--file", folder], check=True)
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+        subprocess.run([*launcher, __file__, "rank", "--file", folder], check=True)
 
 
 def rank(folder: Path):
@@ -133,8 +133,8 @@ def rank(folder: Path):
     started = time.perf_counter()
     train.build_shared_out(config, torch.bfloat16, settings)
     seconds = time.perf_counter() - started
-    print(f"rank {train.dist.get_rank()}: bare process {before:.0f} MB, peak while loading {resident()[1]:.0f} MB, "
-          f"{seconds:.2f} s", flush=True)
+    print(f"rank {train.dist.get_rank()}: bare process {before:.0f} MB, peak while loading "
+          f"{resident()[1]:.0f} MB, {seconds:.2f} s", flush=True)
     train.dist.barrier()
 
 

@@ -252,7 +252,8 @@ def test_a_missing_tokenizer_is_named(tmp_path):
 def test_recomputing_changes_neither_values_nor_gradients():
     model, kind, found = tiny(), torch.tensor([[1, 2, 2, 1, 1, 0], [1, 1, 2, 2, 1, 1]]), []
     for model.recompute in (False, True):
-        x = torch.randn(2, 6, model.config.hidden_size, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        torch.manual_seed(0)
+        x = torch.randn(2, 6, model.config.hidden_size, requires_grad=True)
         out = model(x, kind)
         out.square().sum().backward()
         found.append((out, x.grad))

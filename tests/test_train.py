@@ -115,8 +115,8 @@ def test_the_loss_falls_and_can_be_looked_at(world):
 def begin(world: Path, out: str, *options: str, ranks: int = 1) -> subprocess.Popen:
     """Start a run of 13 steps that keeps a checkpoint of every second one."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    command = [*(launcher if ranks > 1 else [sys.executable]), SCRIPT, "--epochs", "1", "--workers", "0", "--exam", "0",
-               "--lr", "1e-4", "--save-steps", "2", "--out", out, *options]
+    command = [*(launcher if ranks > 1 else [sys.executable]), SCRIPT, "--epochs", "1", "--workers", "0",
+               "--exam", "0", "--lr", "1e-4", "--save-steps", "2", "--out", out, *options]
     return subprocess.Popen(command, cwd=world, env={**os.environ, "PYTHONPATH": str(ROOT)}, text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
 
@@ -174,8 +174,8 @@ def test_a_stopped_run_goes_on_with_another_number_of_ranks(world, before, after
     run.communicate(timeout=120)
     stopped = int(at(world / out / "checkpoints")[0][5:])
     assert stopped <= 3
-    again = subprocess.run([sys.executable, SCRIPT, "--out", out, *slower], cwd=world, capture_output=True, text=True,
-                           env={**os.environ, "PYTHONPATH": str(ROOT)})
+    again = subprocess.run([sys.executable, SCRIPT, "--out", out, *slower], cwd=world, capture_output=True,
+                           text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
     assert again.returncode != 0 and f"stopped at step {stopped}: go on with --resume" in again.stderr
     finish(begin(world, out, *slower, "--resume", ranks=after))
     with open(world / out / "log.csv") as file:
