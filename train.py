@@ -722,7 +722,7 @@ def run(options: Options):
         if dist.get_rank() == 0:
             write_csv(table, Path(options.out) / "eval.csv")
             print("fresh drawings, one or several images shown: share of answers right word for word,\n"
-                  "asked after the true rounds before (exact), as a first question (alone), with gray pictures (blind)")
+                  "after the true rounds before (exact), as a first question (alone), with gray pictures (blind)")
             for line in (table[0], *(row.values() for row in table)):
                 print("  ".join(f"{value:<11}" for value in line))
     if dist.get_rank() == 0:
