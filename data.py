@@ -3,9 +3,10 @@
     <s>{system} ### Image 1: <image> ### Question: {question} ### Answer: {answer}</s><s> ### Image 2: <image> …
                              IMAGE…                                       └── labels ─┘
 
-One function, encode_round, makes this template (Figure 3 of the paper) for training and for chat. `<image>` turns
-into as many positions of kind IMAGE as the encoder gives tokens, without token ids. Images are numbered through
-the conversation. The template is plain text: the paper saw special tokens hurt (section 4.3).
+One function, encode_round, makes this template (Figure 3 of the paper) for training and for chat; questions and
+answers stand on lines of their own. `<image>` turns into as many positions of kind IMAGE as the encoder gives
+tokens, without token ids. Images are numbered through the conversation. All is plain text: the paper saw special
+tokens hurt (section 4.3).
 `python data.py FOLDER --size 7b` checks a data folder. Before: visualchat.py. Next file: shapes.py, a tiny world.
 """
 import argparse
@@ -636,12 +637,12 @@ def say(text: str):
 def look(name: str, data: Path, tokenizer: Tokenizer, n_tokens: int, open_images: bool, examples: int) -> dict:
     """A row of the table about one dataset; prints its examples and what is wrong with it."""
     reader = Reader(name, data, skip_bad=True)
-    row = dict(dataset=name, paper=SOURCES[name].in_paper)
+    row = dict(dataset=name, paper=SOURCES[name].in_paper, state="missing")
     try:
         conversations = list(SOURCES[name].read(reader))
     except (OSError, ValueError) as error:
         say(f"\n{name}: {error}")
-        return row
+        return row | ({} if isinstance(error, FileNotFoundError) else dict(state="broken"))
     longest = images = most = cut = 0
     opened = set()
     print()
@@ -678,16 +679,21 @@ def check():
     parser.add_argument("--images", action="store_true", help="open every image, which takes long")
     parser.add_argument("--examples", type=int, default=3, help="how many of each dataset to print")
     options = parser.parse_args()
+    if not options.folder.is_dir():
+        raise FileNotFoundError(f"no folder {options.folder.absolute()}")
     tokenizer = Tokenizer(options.llama or find(REPOSITORIES[options.size][0]))
     vision = (VisionTransformer.from_pretrained(find(REPOSITORIES["tiny"][1])).config if options.size == "tiny"
               else VisionConfig())                              # the real ViT need not be here yet
     rows = [look(name, options.folder, tokenizer, vision.n_queries, options.images, options.examples)
             for name in SOURCES]
-    columns = {name: max(len(name), *(len(str(row.get(name, "missing"))) for row in rows)) for name in COLUMNS}
-    print(*(name.rjust(width) for name, width in columns.items()), sep="  ")
-    for row in rows:
-        print(*(str(row.get(name, "missing")).rjust(width) for name, width in columns.items()), sep="  ")
-    print(f"paper: samples in its Table 1; longest: in positions; cut: samples longer than {MAX_POSITIONS}")
+    table = [COLUMNS, *([str(row.get(name, row["state"])) for name in COLUMNS] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*table)]
+    for line in table:
+        print(*map(str.rjust, line, widths), sep="  ")
+    print("paper: samples in its Table 1; left out: by the dataset's rules; bad: cannot be used; longest: in "
+          f"positions;\ncut: samples longer than {MAX_POSITIONS}, which lose their last rounds")
+    if any(row.get("bad") or row["state"] == "broken" for row in rows):
+        sys.exit("bad records or files: see above")
 
 
 def main():

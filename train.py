@@ -70,10 +70,10 @@ class Options:
     cache_features: str = option("", "folder that keeps what the ViT makes of each picture; it runs once")
     seed: int = option(0, "of the validation split, the order and the projection's first values")
     # How?
-    epochs: int = option(0, "passes over the data")
-    batch: int = option(0, "conversations per step, over all ranks")
+    epochs: int = option(0, "passes over the data; default 4 for tiny, else as the paper for this mixture")
+    batch: int = option(0, "conversations per step, over all ranks; default 16 for tiny, else 128")
     micro_batch: int = option(0, "conversations per rank at a time; default at most 16 for tiny, else at most 4")
-    lr: float = option(0.0, "peak learning rate, reached after 10 percent of the steps; then a cosine to zero")
+    lr: float = option(0.0, "peak rate, a tenth of the steps on; then a cosine; default 2e-3 for tiny, else 1e-3")
     embedding_lr: float = option(0.0, "peak learning rate of the token embedding; default that of --lr")
     workers: int = option(2, "processes per rank that open pictures")
     exam: int = option(240, "dialogues of each test set to answer after training the tiny size; 0: none")
@@ -412,7 +412,7 @@ def ask(engine, tokenizer: Tokenizer, conversations: list, way: str) -> Iterator
     questions = [(rounds, i) for rounds in conversations for i in range(len(rounds))]
     questions.sort(key=lambda question: len(question[0][question[1]].answer))   # short answers end together
     parts = [questions[i:i + 64] for i in range(0, len(questions), 64)]
-    for part in tqdm(parts, "exam", leave=False, disable=dist.get_rank() != 0):
+    for part in tqdm(parts, f"exam, {way}", leave=False, disable=dist.get_rank() != 0):
         prompts = [[*rounds[:i], replace(rounds[i], answer=None)] for rounds, i in part]
         if way == "alone":
             prompts = [[replace(turns[-1], images=sum((turn.images for turn in turns), ()))] for turns in prompts]
@@ -525,7 +525,7 @@ def prepare(options: Options) -> tuple[VisualChat, ModelConfig, Tokenizer]:
     summary = model.freeze()
     if dist.get_rank() == 0:
         print(f"{summary}; {options.attention}, ZeRO-{options.zero}, {options.precision}, "
-              f"{dist.get_world_size()} ranks with {options.micro_batch} conversations at a time")
+              f"ranks: {dist.get_world_size()}, conversations at a time: {options.micro_batch}")
     return model, config, Tokenizer(towers(config)[0])
 
 

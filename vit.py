@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor, nn
 
 from llama import load_strictly, read_json, read_tensors
@@ -51,6 +51,8 @@ def open_image(file, name=None) -> Image.Image:
             image = ImageOps.exif_transpose(opened)                         # a copy, of the first frame
     except FileNotFoundError:
         raise
+    except UnidentifiedImageError as error:
+        raise ValueError(f"{name or file} is no readable picture of a format in {', '.join(FORMATS)}") from error
     except Exception as error:                                  # Pillow's readers raise all kinds for bad files
         raise ValueError(f"{name or file} is no readable picture: {error}") from error
     if image.mode.startswith("I") or image.mode == "F":                     # 16 or 32 bits: bring to 0..255
