@@ -285,6 +285,8 @@ def latest(options: Options) -> dict | None:
         raise ValueError(f"{options.out} holds a run that stopped at step {progress['step']}: go on with "
                          f"--resume, start another with another --out, or delete {folder}")
     now = {name: list(value) if isinstance(value := getattr(options, name), tuple) else value for name in SAME}
+    if options.zero == 0 and progress["ranks"] != dist.get_world_size():
+        raise ValueError(f"a run with --zero 0 goes on with as many ranks as it had, {progress['ranks']}")
     if differing := [name for name in SAME if progress["options"][name] != now[name]]:
         raise ValueError("; ".join(f"{options.out} was started with {name} {progress['options'][name]}, now it is "
                                    f"{now[name]}" for name in differing))

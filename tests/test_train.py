@@ -245,6 +245,25 @@ def test_a_broken_picture_stops_training_by_name_or_is_skipped_and_counted(world
     assert "; 1 conversations skipped so far" in launch(tmp_path, *command, "--skip-bad")
 
 
+def test_the_settings_are_printed_and_fit_the_model(world):
+    printed = launch(world, sys.executable, SCRIPT, "--show-config", "--size", "7b", "--offload", "cpu",
+                     "--monitor", "csv_monitor")
+    settings = json.loads(printed)
+    zero = settings["zero_optimization"]
+    waiting = {"device": "cpu", "pin_memory": True}
+    assert zero["stage"] == 3 and zero["offload_param"] == zero["offload_optimizer"] == waiting
+    assert zero["stage3_prefetch_bucket_size"] == 4 * 4096 ** 2 + 3 * 4096 * 11008 + 2 * 4096   # one layer
+    assert zero["reduce_bucket_size"] == 32000 * 4096 + 4096 * 4096 + 4096           # all that trains
+    assert settings["csv_monitor"] == {"enabled": True, "output_path": "out/7b/monitor/", "job_name": "7b"}
+    assert not (world / "out/7b").exists()
+
+
+def test_offload_and_monitor_change_no_loss(world, reference):
+    options = ["--offload", "cpu", "--monitor", "csv_monitor", "--recompute"]
+    assert losses(world, "out/offload", *options) == pytest.approx(reference, abs=1e-3)
+    assert list((world / "out/offload/monitor").rglob("*.csv"))
+
+
 def test_absent_weights_are_asked_for_by_name(world):
     done = subprocess.run([sys.executable, SCRIPT, "--size", "7b", "--llama", "", "--out", "out/7b"], cwd=world,
                           env={**os.environ, "HF_HOME": str(world / "none")}, capture_output=True, text=True)
