@@ -47,7 +47,9 @@ from data import read, split, tensors
 from llama import LLAMA_2, Layer, Tokenizer, read_json
 from mmca import ATTENTION, PAD
 from visualchat import IGNORE, REPOSITORIES, ModelConfig, VisualChat, build, save, towers, whole_answers
-from vit import VisionConfig
+from vit import VisionConfig, VisionTransformer
+
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def option(default, help: str, choices: list | None = None):
@@ -488,16 +490,19 @@ def write_csv(rows: list[dict], path: Path):
 
 # ---- the whole ----
 
-def load_data(options: Options, tokenizer: Tokenizer, model: VisualChat) -> tuple[Conversations, Conversations]:
+def load_data(options: Options, config: ModelConfig, tokenizer: Tokenizer,
+              model: VisualChat) -> tuple[Conversations, Conversations]:
     """For training and for validation; raises ValueError where there are too few conversations, and as `read`."""
     rank, ranks, vit = dist.get_rank(), dist.get_world_size(), model.vit
     found = read(Path(options.data), options.datasets, options.seed, options.skip_bad,
                  tell=print if rank == 0 else lambda line: None)
     features = None
     if options.cache_features:
-        features = Features(Path(options.cache_features), vit)
+        whole = VisionTransformer.from_pretrained(      # the model's own may be shared out among the ranks
+            towers(config)[1], DTYPES[options.precision], get_accelerator().current_device_name())
+        features = Features(Path(options.cache_features), whole)
         pictures = list(dict.fromkeys(image for talk in found for turn in talk.rounds for image in turn.images))
-        features.fill(pictures[rank::ranks], vit.to(get_accelerator().current_device_name()), options.skip_bad)
+        features.fill(pictures[rank::ranks], whole, options.skip_bad)
         dist.barrier()
     limit = model.llama.config.max_position_embeddings
     train, held_out = (Conversations(part, tokenizer, vit.config, limit, options.skip_bad, features)
@@ -508,9 +513,16 @@ def load_data(options: Options, tokenizer: Tokenizer, model: VisualChat) -> tupl
     return train, held_out
 
 
+def ignore_signals(worker: int):
+    """Launchers pass Ctrl-C and SIGTERM on to all processes; workers must go on until the last step is kept."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def loader(rows: Conversations, indices: list[int], options: Options) -> DataLoader:
     """Batches of these rows in this order, made by worker processes."""
-    return DataLoader(rows, options.micro_batch, sampler=indices, num_workers=options.workers, collate_fn=collate)
+    return DataLoader(rows, options.micro_batch, sampler=indices, num_workers=options.workers, collate_fn=collate,
+                      worker_init_fn=ignore_signals)
 
 
 def prepare(options: Options) -> tuple[VisualChat, ModelConfig, Tokenizer]:
@@ -520,7 +532,7 @@ def prepare(options: Options) -> tuple[VisualChat, ModelConfig, Tokenizer]:
     dist.barrier()
     torch.manual_seed(options.seed)
     config = ModelConfig(options.size, options.attention, options.llama, options.vit)
-    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[options.precision]
+    dtype = DTYPES[options.precision]
     model = (build_shared_out(config, dtype, settings_for(options, dist.get_world_size())) if options.zero == 3
              else build(config, dtype))
     model.llama.recompute = options.recompute
@@ -641,7 +653,7 @@ def run(options: Options):
         return
     progress = latest(options)
     model, config, tokenizer = prepare(options)
-    train, held_out = load_data(options, tokenizer, model)
+    train, held_out = load_data(options, config, tokenizer, model)
     universal = bool(progress) and progress["ranks"] != dist.get_world_size()
     engine = engine_for(model, options, len(train) // options.batch * options.epochs, universal)
     if progress:
