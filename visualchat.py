@@ -47,8 +47,9 @@ class VisualChat(nn.Module):
         self.requires_grad_(False)
         self.projection.requires_grad_(True)
         self.llama.embed_tokens.requires_grad_(True)
-        trained = sum(p.numel() for p in self.parameters() if p.requires_grad)
-        return f"trainable {readable(trained)} of {readable(sum(p.numel() for p in self.parameters()))}"
+        counts = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in self.parameters()]  # ZeRO-3: whole
+        return (f"trainable {readable(sum(count for count, trains in counts if trains))} of "
+                f"{readable(sum(count for count, _ in counts))}")
 
     def see(self, images: Tensor) -> Tensor:
         """Pixels (N, 3, h, w), or what the ViT once made of them (N, n_queries, output_dim), to image tokens."""

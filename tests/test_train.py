@@ -211,7 +211,7 @@ def test_the_launcher_starts_without_compiler_ninja_or_mpi(world, tmp_path):
     (programs / "sh").symlink_to("/bin/sh")
     printed = launch(world, str(programs / "deepspeed"), SCRIPT, "--epochs", "1", "--exam", "12",
                      "--out", "out/bare", path=str(programs))
-    assert "exact match" in printed and "test_unseen" in printed
+    assert "exact match" in printed and "test_unseen" in printed and "trainable 58,880 of 1.8 M" in printed
     with open(world / "out/bare/eval.csv") as file:
         rows = [row for row in csv.DictReader(file) if row["topic"] == "all"]
     assert [(row["test"], row["images"]) for row in rows] == [(test, images) for test in shapes.TESTS
