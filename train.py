@@ -10,6 +10,7 @@ import argparse
 import csv
 import json
 import math
+import multiprocessing
 import os
 import random
 import shutil
@@ -676,6 +677,13 @@ def run(options: Options):
               f"    python chat.py --model {options.out} examples/a.png examples/b.png")
 
 
+def end_workers():
+    """At its exit Python ends what workers are left by SIGTERM, which ours ignore, and would wait for ever."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)               # PyTorch would call their end an error
+    for worker in multiprocessing.active_children():
+        worker.kill()
+
+
 def main():
     options = command_line()
     try:
@@ -686,6 +694,8 @@ def main():
         if message.startswith("Caught"):                        # in a worker: leave its traceback out
             message = message.strip().rpartition("ValueError: ")[2]
         sys.exit(f"train.py: {message}")
+    finally:
+        end_workers()
     dist.barrier()
     dist.destroy_process_group()
 

@@ -175,7 +175,7 @@ def test_a_stopped_run_goes_on_with_another_number_of_ranks(world, before, after
     stopped = int(at(world / out / "checkpoints")[0][5:])
     assert stopped <= 3
     again = subprocess.run([sys.executable, SCRIPT, "--out", out, *slower], cwd=world, capture_output=True,
-                           text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+                           text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=120)
     assert again.returncode != 0 and f"stopped at step {stopped}: go on with --resume" in again.stderr
     finish(begin(world, out, *slower, "--resume", ranks=after))
     with open(world / out / "log.csv") as file:
@@ -190,7 +190,7 @@ def test_a_run_with_other_options_is_not_resumed(world):
     os.killpg(run.pid, signal.SIGKILL)
     run.wait()
     run = begin(world, "out/other-options", "--resume", "--seed", "5", "--batch", "8")
-    assert "was started with seed 0, now it is 5; " in run.communicate()[0] and run.returncode != 0
+    assert "was started with seed 0, now it is 5; " in run.communicate(timeout=120)[0] and run.returncode != 0
 
 
 def test_only_what_is_trained_changes_and_is_saved(world, reference, monkeypatch):
@@ -237,7 +237,7 @@ def test_a_broken_picture_stops_training_by_name_or_is_skipped_and_counted(world
     broken.write_bytes(broken.read_bytes()[:500])
     command = [sys.executable, SCRIPT, "--epochs", "1", "--exam", "0", "--data", "data/tiny"]
     done = subprocess.run(command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True,
-                          text=True)
+                          text=True, timeout=120)
     last = done.stderr.strip().splitlines()[-1]
     assert done.returncode != 0 and last.startswith("train.py: data/tiny/llava/conversation_58k.json, record 0000")
     assert "000000000000.jpg is no readable picture" in last and "--skip-bad" in last
