@@ -113,7 +113,7 @@ def test_the_loss_falls_and_can_be_looked_at(world):
 # ---- nothing is lost ----
 
 def begin(world: Path, out: str, *options: str, ranks: int = 1) -> subprocess.Popen:
-    """Start a run of 13 steps that keeps a checkpoint of every second one."""
+    """Start a run, of 13 steps if nothing else is said, that keeps a checkpoint of every second one."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     command = [*(launcher if ranks > 1 else [sys.executable]), SCRIPT, "--epochs", "1", "--workers", "0",
                "--exam", "0", "--lr", "1e-4", "--save-steps", "2", "--out", out, *options]
@@ -141,11 +141,12 @@ def finish(run: subprocess.Popen) -> str:
 
 
 def test_a_run_killed_five_times_ends_with_the_same_bits_as_one_that_was_not(world):
-    finish(begin(world, "out/whole"))
+    longer = ["--epochs", "2"]                                  # 26 steps: five times some, with room to spare
+    finish(begin(world, "out/whole", *longer))
     chance, folder, while_saving = random.Random(0), world / "out/killed/checkpoints", 0
     for delay in (0, chance.uniform(0, 0.1), 0, chance.uniform(0, 0.5), chance.uniform(0, 0.1)):
         before = at(folder)[0]
-        run = begin(world, "out/killed", *["--resume"] * bool(before))
+        run = begin(world, "out/killed", *longer, *["--resume"] * bool(before))
         wait_for(run, lambda: at(folder)[0] > before)           # it got further than the one before
         wait_for(run, lambda: at(folder)[1])                    # and is now about to write the next checkpoint
         time.sleep(delay)
@@ -153,7 +154,7 @@ def test_a_run_killed_five_times_ends_with_the_same_bits_as_one_that_was_not(wor
         run.wait()
         while_saving += bool(at(folder)[1])
     assert while_saving >= 2
-    finish(begin(world, "out/killed", "--resume"))
+    finish(begin(world, "out/killed", *longer, "--resume"))
     for name in ("trained.safetensors", "best/trained.safetensors"):
         assert (world / "out/killed" / name).read_bytes() == (world / "out/whole" / name).read_bytes()
     assert not folder.exists()                                  # a finished run keeps no checkpoints
