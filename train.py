@@ -45,9 +45,10 @@ from deepspeed.utils import logger, safe_get_full_fp32_param
 import shapes
 from data import COCO, DIALOGUE, RECIPES, SOURCES, Conversations, Features, Reader, collate, encode, llava, order
 from data import read, split, tensors
-from llama import LLAMA_2, Layer, Tokenizer, read_json
+from llama import LLAMA_2, Layer, LlamaConfig, Tokenizer, read_json
 from mmca import ATTENTION, PAD
-from visualchat import IGNORE, REPOSITORIES, ModelConfig, VisualChat, build, save, towers, whole_answers
+from visualchat import (IGNORE, REPOSITORIES, ModelConfig, VisualChat, build, readable, save, towers,
+                        whole_answers)
 from vit import VisionConfig, VisionTransformer
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
@@ -94,6 +95,10 @@ class Options:
     resume: bool = option(False, "go on where a run into the same folder was stopped or killed")
     monitor: tuple[str, ...] = option((), "who else is told the figures, through DeepSpeed",
                                       ["tensorboard", "wandb", "csv_monitor"])
+    plan: bool = option(False, "print what each GPU will hold and how much there is to compute, and end")
+    gpus: int = option(8, "how many GPUs --plan plans for")
+    gpu_memory: float = option(80.0, "what each of them has, in 10^9 bytes")
+    length: int = option(4096, "positions of a conversation that --plan expects, a third of them answers")
     local_rank: int = option(0, "set by the launcher")
 
 
@@ -154,13 +159,21 @@ def check_precision(precision: str):
         raise ValueError("this machine cannot compute in bf16: take --precision fp16 or fp32")
 
 
-def counts(size: str) -> dict[str, int]:
-    """How many values a layer, the token embedding and all that is trained have, by the published sizes."""
-    llama, vit = (LLAMA_2[size], VisionConfig()) if size in LLAMA_2 else (shapes.LLAMA, shapes.VIT)
+def sizes(size: str) -> tuple[LlamaConfig, VisionConfig]:
+    """The published sizes of both towers; tiny's vocabulary is in its tokenizer, and smaller than said here."""
+    if size in LLAMA_2:
+        return LLAMA_2[size], VisionConfig()
+    return replace(shapes.LLAMA, vocab_size=400), shapes.VIT
+
+
+def counts(llama: LlamaConfig, vit: VisionConfig) -> dict[str, int]:
+    """How many values a layer, the token embedding, all that is trained and all that is frozen have."""
     with torch.device("meta"):
-        layer = sum(p.numel() for p in Layer(llama, None).parameters())
-    embedding = (llama.vocab_size or 400) * llama.hidden_size   # tiny's vocabulary is in its tokenizer: below 400
-    return dict(layer=layer, embedding=embedding, trained=embedding + (vit.output_dim + 1) * llama.hidden_size)
+        layer, tower = (sum(p.numel() for p in part.parameters())
+                        for part in (Layer(llama, None), VisionTransformer(vit)))
+    embedding = llama.vocab_size * llama.hidden_size
+    return dict(layer=layer, embedding=embedding, trained=embedding + (vit.output_dim + 1) * llama.hidden_size,
+                vit=tower, frozen=llama.num_hidden_layers * layer + embedding + llama.hidden_size + tower)
 
 
 def micro_batch(options: Options, ranks: int) -> int:
@@ -177,7 +190,7 @@ def micro_batch(options: Options, ranks: int) -> int:
 
 def settings_for(options: Options, ranks: int) -> dict:
     """DeepSpeed's settings, with those of --deepspeed-config laid over them."""
-    values = counts(options.size)
+    values = counts(*sizes(options.size))
     zero = {
         "stage": options.zero,
         # Gradients exist for what is trained alone, so one bucket holds them all, and none is larger than needed.
@@ -268,6 +281,62 @@ def trained(engine) -> dict[str, Tensor]:
             whole = safe_get_full_fp32_param(p)
             found[name] = (p if whole is None else whole).detach().float().cpu()    # stage 0 may keep no copy
     return found
+
+
+# ---- a plan, before anything is paid for ----
+
+def memory(options: Options, llama: LlamaConfig, vit: VisionConfig, gpus: int) -> dict[str, float]:
+    """Bytes that one of `gpus` GPUs holds at the height of a step, by what they are for.
+
+    Frozen weights need no inputs for a gradient of theirs, so of each layer and position the backward pass wants
+    only what the other operations need: both norms' inputs in float32; q, k, v, two outputs of attention, one per
+    softmax; SwiGLU's gate, its SiLU, and what that is multiplied with.
+    """
+    values, width, rows = counts(llama, vit), 4 if options.precision == "fp32" else 2, options.micro_batch
+    weights, gradients, masters = (gpus if options.zero >= stage else 1 for stage in (3, 2, 1))
+    on_gpu = not (options.offload and options.zero == 3)
+    key_values = llama.num_key_value_heads * llama.hidden_size // llama.num_attention_heads
+    attention = 3 * llama.hidden_size + 2 * key_values
+    layer = rows * options.length * (8 * llama.hidden_size + width * (attention + 3 * llama.intermediate_size))
+    inputs = rows * options.length * llama.hidden_size * width * llama.num_hidden_layers
+    return {
+        "frozen weights": width * values["frozen"] / weights * on_gpu,
+        "trained weights": width * values["trained"] / weights * on_gpu,
+        "masters, moments": 12 * values["trained"] / masters * (not options.offload),
+        "gradients": width * values["trained"] * (1 + 1 / gradients),       # a bucket, and what is kept of it
+        "gathered": width * (2 * values["layer"] + values["embedding"]) if weights > 1 or not on_gpu else 0,
+        "activations": layer + inputs if options.recompute else layer * llama.num_hidden_layers,
+        "logits": rows * options.length / 3 * llama.vocab_size * (width + 12),  # 12: three more in float32
+    }
+
+
+def plan(options: Options) -> str:
+    """What --plan prints: memory for each ZeRO stage, with and without recomputing; steps and FLOPs."""
+    llama, vit = sizes(options.size)
+    values, lines = counts(llama, vit), []
+    for zero, offload, recompute in [(stage, "", again) for stage in range(4) for again in (False, True)] + [
+            (3, "cpu", True)]:
+        parts = memory(replace(options, zero=zero, offload=offload, recompute=recompute), llama, vit, options.gpus)
+        total = sum(parts.values()) / 1e9
+        if not lines:
+            lines = ["  ".join([f"{'GB on each GPU':28}", *parts, "total"])]
+        name = f"ZeRO-{zero}{' --recompute' * recompute}{' --offload cpu' * bool(offload)}"
+        lines.append("  ".join([f"{name:28}", *(f"{value / 1e9:{len(part)}.1f}" for part, value in parts.items()),
+                                f"{total:5.1f}", "fits" if total < options.gpu_memory else "too much"]))
+    names = [name for given in options.datasets for name in RECIPES.get(given, [given])]
+    samples = sum(SOURCES[name].in_paper for name in names) * 9 // 10           # a tenth is for validation
+    steps = samples // options.batch * options.epochs
+    positions = steps * options.batch * options.length
+    llama_values = values["frozen"] - values["vit"]
+    accumulation = options.batch // (options.micro_batch * options.gpus)
+    return "\n".join([
+        f"{options.size}: {readable(values['trained'])} trained, {readable(values['frozen'])} frozen; batch "
+        f"{options.batch} = {options.gpus} GPUs x {options.micro_batch} conversations x {accumulation} times",
+        "", *lines, "",
+        f"{', '.join(names)}:", f"{samples:,} conversations by the paper's count, {options.epochs} epochs: "
+        f"{steps:,} steps of {options.batch} conversations with {options.length} positions,",
+        f"{4 * llama_values * positions:.2e} FLOPs in LLaMA's matrices: per value and position 2 forward and 2 "
+        "backward,", "since frozen weights get no gradient; with --recompute 2 more"])
 
 
 # ---- checkpoints: what it takes to go on as if nothing had happened ----
@@ -687,6 +756,10 @@ def end_workers():
 def main():
     options = command_line()
     try:
+        if options.plan:
+            options = replace(options, precision="fp16" if options.precision == "fp32" else options.precision)
+            print(plan(replace(options, micro_batch=micro_batch(options, options.gpus))))
+            return
         start()
         run(options)
     except (OSError, ValueError) as error:

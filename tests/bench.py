@@ -3,6 +3,7 @@
     python tests/bench.py images      memory: one picture out of a 2 GB JSON file of base64 texts
     python tests/bench.py features    time: a training step on kept features against one that runs the ViT
     python tests/bench.py loading     memory and time: two ZeRO-3 ranks load a random LLaMA of a billion parameters
+    python tests/bench.py plan        memory of a training step of that model against what --plan predicts
 """
 import argparse
 import base64
@@ -25,7 +26,8 @@ from safetensors.torch import save_file
 
 import shapes
 from data import Conversations, Features, collate, open_picture, packed, read
-from llama import Llama, LlamaConfig, Tokenizer
+from llama import Llama, LlamaConfig, Tokenizer, read_config
+from mmca import IMAGE, TEXT
 from visualchat import ModelConfig, build, towers
 
 
@@ -108,8 +110,8 @@ def resident() -> tuple[float, float]:
     return tuple(int(found[name].split()[0]) * 1024 / 1e6 for name in ("VmRSS", "VmHWM"))
 
 
-def loading():
-    """Two ranks load; beside it `dd` reads the same files."""
+def loading(step: str = ""):
+    """Two ranks load; beside it `dd` reads the same files. With a step, each also trains once."""
     with tempfile.TemporaryDirectory() as folder:
         billion(Path(folder))
         files = sorted(Path(folder).glob("*.safetensors"))
@@ -119,35 +121,60 @@ def loading():
             subprocess.run(["dd", f"if={file}", "of=/dev/null", "bs=16M"], check=True, stderr=subprocess.DEVNULL)
         print(f"weights {size / 1e6:.0f} MB, dd {time.perf_counter() - started:.2f} s")
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-        subprocess.run([*launcher, __file__, "rank", "--file", folder], check=True)
+        subprocess.run([*launcher, __file__, "rank", "--file", folder, "--step", step], check=True)
 
 
-def rank(folder: Path):
+def rank(folder: Path, step: str):
     """One rank of `loading`."""
     import train
     train.start()
-    config = ModelConfig(llama=str(folder))
-    settings = train.settings_for(train.for_size(train.Options(precision="bf16", micro_batch=1, batch=2)), 2)
+    config, llama = ModelConfig(llama=str(folder)), read_config(folder / "config.json")
+    train.sizes = lambda size: (llama, shapes.VIT)
+    length = 1024
+    options = train.for_size(train.Options(precision="bf16", micro_batch=1, batch=2, length=length,
+                                           recompute=step == "recompute"))
+    settings = train.settings_for(options, 2)
     before = resident()[0]
     train.dist.barrier()
     started = time.perf_counter()
-    train.build_shared_out(config, torch.bfloat16, settings)
+    model = train.build_shared_out(config, torch.bfloat16, settings)
     seconds = time.perf_counter() - started
     print(f"rank {train.dist.get_rank()}: bare process {before:.0f} MB, peak while loading "
           f"{resident()[1]:.0f} MB, {seconds:.2f} s", flush=True)
+    train.dist.barrier()
+    if not step:
+        return
+    model.freeze()
+    model.llama.recompute = options.recompute
+    engine = train.engine_for(model, options, 10, universal=False)
+    kind = torch.full((1, length), TEXT)
+    kind[:, 8:8 + 64 * shapes.VIT.n_queries] = IMAGE            # 64 pictures
+    labels = torch.randint(0, llama.vocab_size, (1, length)).masked_fill(torch.arange(length) < length * 2 // 3, -100)
+    batch = dict(ids=torch.randint(0, llama.vocab_size, (1, length)), kind=kind, labels=labels,
+                 images=torch.randn(64, 3, shapes.VIT.image_size, shapes.VIT.image_size))
+    for _ in range(2):
+        train.train_step(engine, iter([batch]))
+    predicted = train.memory(options, llama, shapes.VIT, 2)
+    if train.dist.get_rank() == 0:
+        print({name: round(value / 1e6) for name, value in predicted.items()})
+        print(f"predicted {sum(predicted.values()) / 1e6:.0f} MB, measured {resident()[1] - before:.0f} MB over the bare "
+              f"process, ratio {sum(predicted.values()) / 1e6 / (resident()[1] - before):.2f}", flush=True)
     train.dist.barrier()
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["images", "features", "loading", "peak", "rank"])
+    parser.add_argument("what", choices=["images", "features", "loading", "plan", "peak", "rank"])
     parser.add_argument("--step", help=argparse.SUPPRESS)
     parser.add_argument("--file", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.what == "peak":
         peak(options.step, options.file)
     elif options.what == "rank":
-        rank(options.file)
+        rank(options.file, options.step)
+    elif options.what == "plan":
+        for step in ("whole", "recompute"):
+            loading(step)
     else:
         {"images": images, "features": features, "loading": loading}[options.what]()
 
