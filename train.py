@@ -22,6 +22,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, replace
+from functools import cache
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")             # threads that spin while they wait slow others
@@ -166,6 +167,7 @@ def sizes(size: str) -> tuple[LlamaConfig, VisionConfig]:
     return replace(shapes.LLAMA, vocab_size=400), shapes.VIT
 
 
+@cache
 def counts(llama: LlamaConfig, vit: VisionConfig) -> dict[str, int]:
     """How many values a layer, the token embedding, all that is trained and all that is frozen have."""
     with torch.device("meta"):
@@ -289,22 +291,27 @@ def memory(options: Options, llama: LlamaConfig, vit: VisionConfig, gpus: int) -
     """Bytes that one of `gpus` GPUs holds at the height of a step, by what they are for.
 
     Frozen weights need no inputs for a gradient of theirs, so of each layer and position the backward pass wants
-    only what the other operations need: both norms' inputs in float32; q, k, v, two outputs of attention, one per
-    softmax; SwiGLU's gate, its SiLU, and what that is multiplied with.
+    only what the other operations need: both norms' inputs in float32; q, k, v (k and v repeated for each head and
+    softmax, where heads share them), two outputs of attention, one per softmax, and two masks; SwiGLU's gate, its
+    SiLU, and what that is multiplied with. DeepSpeed's linear layers under ZeRO-3 keep their inputs, too.
     """
     values, width, rows = counts(llama, vit), 4 if options.precision == "fp32" else 2, options.micro_batch
     weights, gradients, masters = (gpus if options.zero >= stage else 1 for stage in (3, 2, 1))
     on_gpu = not (options.offload and options.zero == 3)
-    key_values = llama.num_key_value_heads * llama.hidden_size // llama.num_attention_heads
-    attention = 3 * llama.hidden_size + 2 * key_values
-    layer = rows * options.length * (8 * llama.hidden_size + width * (attention + 3 * llama.intermediate_size))
+    key_values = 2 if llama.num_key_value_heads == llama.num_attention_heads else 4
+    position = 8 * llama.hidden_size + width * ((3 + key_values) * llama.hidden_size + 3 * llama.intermediate_size
+                                                + 2 * options.length)
+    if options.zero == 3:
+        position += width * (3 * llama.hidden_size + llama.intermediate_size)
+    layer = rows * options.length * position
     inputs = rows * options.length * llama.hidden_size * width * llama.num_hidden_layers
     return {
         "frozen weights": width * values["frozen"] / weights * on_gpu,
         "trained weights": width * values["trained"] / weights * on_gpu,
         "masters, moments": 12 * values["trained"] / masters * (not options.offload),
         "gradients": width * values["trained"] * (1 + 1 / gradients),       # a bucket, and what is kept of it
-        "gathered": width * (2 * values["layer"] + values["embedding"]) if weights > 1 or not on_gpu else 0,
+        # What may be live (see settings_for), and lm_head, which is as large as the embedding, on top of it.
+        "gathered": width * 2 * (values["layer"] + values["embedding"]) * (options.zero == 3),
         "activations": layer + inputs if options.recompute else layer * llama.num_hidden_layers,
         "logits": rows * options.length / 3 * llama.vocab_size * (width + 12),  # 12: three more in float32
     }
@@ -319,9 +326,9 @@ def plan(options: Options) -> str:
         parts = memory(replace(options, zero=zero, offload=offload, recompute=recompute), llama, vit, options.gpus)
         total = sum(parts.values()) / 1e9
         if not lines:
-            lines = ["  ".join([f"{'GB on each GPU':28}", *parts, "total"])]
+            lines = ["  ".join([f"{'GB on each GPU':34}", *parts, "total"])]
         name = f"ZeRO-{zero}{' --recompute' * recompute}{' --offload cpu' * bool(offload)}"
-        lines.append("  ".join([f"{name:28}", *(f"{value / 1e9:{len(part)}.1f}" for part, value in parts.items()),
+        lines.append("  ".join([f"{name:34}", *(f"{value / 1e9:{len(part)}.1f}" for part, value in parts.items()),
                                 f"{total:5.1f}", "fits" if total < options.gpu_memory else "too much"]))
     names = [name for given in options.datasets for name in RECIPES.get(given, [given])]
     samples = sum(SOURCES[name].in_paper for name in names) * 9 // 10           # a tenth is for validation
@@ -618,6 +625,19 @@ def loss_scale(engine) -> float:
     return float(getattr(engine.optimizer, "loss_scale", 1)) if engine.fp16_enabled() else 1.0
 
 
+# What a card can do at most, in FP16 or BF16 operations per second without sparsity, by its maker's data sheet.
+PEAK = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "V100": 125e12}
+
+
+def of_peak(speed: float, options: Options, card: str, ranks: int) -> float | None:
+    """The share of what the cards can do that the LLaMA's matrices take at so many positions per second over all
+    ranks: 2 operations per value forward, 2 backward, none for frozen weights' gradients. None: unknown card.
+    """
+    values = counts(*sizes(options.size))
+    peaks = [peak for name, peak in PEAK.items() if name in card]
+    return 4 * (values["frozen"] - values["vit"]) * speed / (ranks * peaks[0]) if peaks else None
+
+
 def show(bar: tqdm, rows: list[dict], options: Options):
     """The last step in the progress bar; speeds over the last twenty, positions without padding."""
     last, recent = rows[-1], rows[-20:]
@@ -626,8 +646,11 @@ def show(bar: tqdm, rows: list[dict], options: Options):
     if options.precision == "fp16":
         figures |= {"scale": f"{last['loss_scale']:.0f}", "skipped": last["skipped"]}
     if len(recent) > 1:
-        figures |= {"positions/s": round(sum(row["positions"] for row in recent[1:]) / seconds),
-                    "samples/s": f"{options.batch * (len(recent) - 1) / seconds:.1f}"}
+        speed = sum(row["positions"] for row in recent[1:]) / seconds
+        card = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+        if share := of_peak(speed, options, card, dist.get_world_size()):
+            figures["of peak"] = f"{share:.0%}"
+        figures |= {"positions/s": round(speed), "samples/s": f"{options.batch * (len(recent) - 1) / seconds:.1f}"}
     bar.set_postfix(figures, refresh=False)
     bar.update()
 

@@ -7,6 +7,7 @@
 """
 import argparse
 import base64
+import os
 import resource
 import subprocess
 import sys
@@ -28,7 +29,7 @@ import shapes
 from data import Conversations, Features, collate, open_picture, packed, read
 from llama import Llama, LlamaConfig, Tokenizer, read_config
 from mmca import IMAGE, TEXT
-from visualchat import ModelConfig, build, towers
+from visualchat import IGNORE, ModelConfig, build, towers
 
 
 def images(gigabytes: float = 2):
@@ -121,7 +122,9 @@ def loading(step: str = ""):
             subprocess.run(["dd", f"if={file}", "of=/dev/null", "bs=16M"], check=True, stderr=subprocess.DEVNULL)
         print(f"weights {size / 1e6:.0f} MB, dd {time.perf_counter() - started:.2f} s")
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-        subprocess.run([*launcher, __file__, "rank", "--file", folder, "--step", step], check=True)
+        # Left to itself, glibc keeps blocks of up to 32 MB when they are freed, and here those would be gigabytes.
+        subprocess.run([*launcher, __file__, "rank", "--file", folder, "--step", step], check=True,
+                       env={"OMP_NUM_THREADS": "1", **os.environ, "MALLOC_MMAP_THRESHOLD_": str(2 ** 18)})
 
 
 def rank(folder: Path, step: str):
@@ -149,7 +152,8 @@ def rank(folder: Path, step: str):
     engine = train.engine_for(model, options, 10, universal=False)
     kind = torch.full((1, length), TEXT)
     kind[:, 8:8 + 64 * shapes.VIT.n_queries] = IMAGE            # 64 pictures
-    labels = torch.randint(0, llama.vocab_size, (1, length)).masked_fill(torch.arange(length) < length * 2 // 3, -100)
+    labels = torch.randint(0, llama.vocab_size, (1, length))
+    labels[:, :length * 2 // 3] = IGNORE
     batch = dict(ids=torch.randint(0, llama.vocab_size, (1, length)), kind=kind, labels=labels,
                  images=torch.randn(64, 3, shapes.VIT.image_size, shapes.VIT.image_size))
     for _ in range(2):
@@ -157,8 +161,9 @@ def rank(folder: Path, step: str):
     predicted = train.memory(options, llama, shapes.VIT, 2)
     if train.dist.get_rank() == 0:
         print({name: round(value / 1e6) for name, value in predicted.items()})
-        print(f"predicted {sum(predicted.values()) / 1e6:.0f} MB, measured {resident()[1] - before:.0f} MB over the bare "
-              f"process, ratio {sum(predicted.values()) / 1e6 / (resident()[1] - before):.2f}", flush=True)
+        total, found = sum(predicted.values()) / 1e6, resident()[1] - before
+        print(f"{step}: predicted {total:.0f} MB, measured {found:.0f} MB over the bare process, "
+              f"ratio {total / found:.2f}", flush=True)
     train.dist.barrier()
 
 

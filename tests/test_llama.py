@@ -100,6 +100,17 @@ def test_official_parameter_counts(size, count):
         assert sum(p.numel() for p in Llama(LLAMA_2[size]).parameters()) == count
 
 
+def test_the_names_of_70b_are_those_of_the_official_index():
+    of_layer = [*(f"self_attn.{x}_proj" for x in "qkvo"), *(f"mlp.{x}_proj" for x in ("gate", "up", "down")),
+                "input_layernorm", "post_attention_layernorm"]
+    official = {f"model.layers.{i}.{name}.weight" for i in range(80) for name in of_layer}
+    official |= {"model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"}
+    with torch.device("meta"):
+        names = {name if name.startswith("lm_head") else f"model.{name}"
+                 for name in Llama(LLAMA_2["70b"]).state_dict()}
+    assert names == official and len(names) == 723
+
+
 def test_rms_norm_does_not_overflow_in_float16():
     x = torch.full((1, 64), 1000.0, dtype=torch.float16)
     assert torch.equal(RMSNorm(64, 1e-5).half()(x), torch.ones_like(x))

@@ -17,6 +17,8 @@ from PIL import Image
 
 import shapes
 import train
+from llama import Layer, LlamaConfig, rope_table
+from mmca import IMAGE, TEXT, fused_mmca
 from visualchat import load
 
 ROOT = Path(__file__).parent.parent
@@ -231,6 +233,32 @@ def test_all_nine_datasets_train_and_kept_features_change_nothing(world):
     assert files and {file: file.stat().st_mtime_ns for file in (world / "features").rglob("*.*")} == files
 
 
+FP16_HERE = """
+import runpy, sys
+from deepspeed.accelerator import get_accelerator
+if get_accelerator().device_name() == "cpu":            # computes in FP16, if slowly; DeepSpeed would refuse to
+    get_accelerator().is_fp16_supported = lambda: True
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_fp16_that_overflows_at_the_least_loss_scale_stops_and_keeps_the_last_checkpoint(world):
+    floor = {"fp16": {"initial_scale_power": 16, "min_loss_scale": 2 ** 15, "hysteresis": 1}}
+    (world / "floor.json").write_text(json.dumps(floor))
+    code = FP16_HERE.replace("import runpy, sys", f"import runpy, sys; sys.argv[0] = {SCRIPT!r}")
+    done = subprocess.run([sys.executable, "-c", code, "--precision", "fp16", "--deepspeed-config", "floor.json",
+                           "--batch", "4", "--save-steps", "1", "--workers", "0", "--out", "out/floor"], cwd=world,
+                          env={**os.environ, "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu"}, text=True,
+                          capture_output=True, timeout=120)
+    assert done.returncode != 0, done.stdout
+    assert "overflow even at the least loss scale: try --precision bf16 or a lower --lr" in done.stderr
+    assert "Traceback" not in done.stderr
+    with open(world / "out/floor/log.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert rows[0]["skipped"] == "1" and float(rows[0]["loss_scale"]) == 2 ** 15 and 0 < float(rows[0]["loss"]) < 9
+    assert at(world / "out/floor/checkpoints") == (f"step-{len(rows):08d}", [])
+
+
 def test_a_broken_picture_stops_training_by_name_or_is_skipped_and_counted(world, tmp_path):
     (tmp_path / "weights").symlink_to(ROOT / "weights")
     shutil.copytree(world / "data/tiny", tmp_path / "data/tiny")
@@ -257,6 +285,46 @@ def test_the_settings_are_printed_and_fit_the_model(world):
     assert zero["reduce_bucket_size"] == 32000 * 4096 + 4096 * 4096 + 4096           # all that trains
     assert settings["csv_monitor"] == {"enabled": True, "output_path": "out/7b/monitor/", "job_name": "7b"}
     assert not (world / "out/7b").exists()
+
+
+def test_the_plan_says_what_fits(world):
+    printed = launch(world, sys.executable, SCRIPT, "--size", "70b", "--plan", "--gpus", "16", "--gpu-memory", "80")
+    rows = {line[:34].strip(): line[34:].split() for line in printed.splitlines() if line.startswith("ZeRO")}
+    frozen = (68_976_648_192 - 32000 * 8192 + 1_918_833_408) * 2 / 1e9          # 141.3 GB in FP16
+    assert float(rows["ZeRO-2"][0]) == round(frozen, 1) and rows["ZeRO-2"][-1] == "much"
+    assert float(rows["ZeRO-3"][0]) == round(frozen / 16, 1) and rows["ZeRO-3 --recompute"][-1] == "fits"
+    assert "200,412 conversations" in printed and "9,390 steps" in printed
+
+
+def test_the_share_of_what_cards_can_do():
+    options = train.Options(size="7b")
+    values = 6_738_415_616 - 32000 * 4096                                       # the embedding is looked up
+    found = train.of_peak(10_000, options, "NVIDIA A100-SXM4-80GB", ranks=2)
+    assert found == pytest.approx(4 * values * 10_000 / (2 * 312e12))
+    assert train.of_peak(10_000, options, "", ranks=2) is None
+
+
+@pytest.mark.parametrize("key_value_heads", [8, 2])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_plan_counts_what_a_layer_keeps_for_the_backward_pass(precision, key_value_heads):
+    length, dtype = 512, train.DTYPES[precision]
+    sizes = LlamaConfig(256, 704, 1, 8, key_value_heads, vocab_size=100)
+    layer = Layer(sizes, fused_mmca).to(dtype).requires_grad_(False)
+    x = torch.randn(2, length, 256, dtype=dtype, requires_grad=True)
+    kind = torch.full((2, length), TEXT)
+    kind[:, 8:264] = IMAGE
+    own, kept = {t.untyped_storage().data_ptr() for t in layer.parameters()}, {}
+
+    def keep(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor              # held: no address serves twice
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        y = layer(x, kind, *rope_table(torch.arange(length)[None].expand(2, -1), 32, 1e4), None)
+    found = sum(t.untyped_storage().nbytes() for place, t in kept.items() if place not in own)
+    options = train.Options(precision=precision, micro_batch=2, length=length, zero=0)
+    assert y.requires_grad
+    assert train.memory(options, sizes, shapes.VIT, 1)["activations"] == pytest.approx(found, rel=0.05)
 
 
 def test_offload_and_monitor_change_no_loss(world, reference):
