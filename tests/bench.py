@@ -121,26 +121,38 @@ def loading(step: str = ""):
         for file in files:
             subprocess.run(["dd", f"if={file}", "of=/dev/null", "bs=16M"], check=True, stderr=subprocess.DEVNULL)
         print(f"weights {size / 1e6:.0f} MB, dd {time.perf_counter() - started:.2f} s")
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-        # Left to itself, glibc keeps blocks of up to 32 MB when they are freed, and here those would be gigabytes.
-        subprocess.run([*launcher, __file__, "rank", "--file", folder, "--step", step], check=True,
-                       env={"OMP_NUM_THREADS": "1", **os.environ, "MALLOC_MMAP_THRESHOLD_": str(2 ** 18)})
+        ranks(folder, step)
+
+
+def ranks(folder: Path | str, step: str):
+    """Two processes that run `rank`."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", __file__, "rank"]
+    # Left to itself, glibc keeps blocks of up to 32 MB when they are freed, and here those would be gigabytes.
+    subprocess.run([*command, "--file", str(folder), "--step", step], check=True,
+                   env={"OMP_NUM_THREADS": "1", **os.environ, "MALLOC_MMAP_THRESHOLD_": str(2 ** 18)})
+
+
+def plan():
+    """The steps of a billion parameters, with and without recomputing, and of the tiny size in float32."""
+    for step in ("whole", "recompute"):
+        loading(step)
+    ranks(towers(ModelConfig())[0], "tiny")
 
 
 def rank(folder: Path, step: str):
-    """One rank of `loading`."""
+    """One rank of `loading` or `plan`."""
     import train
     train.start()
+    tiny, length, pictures = step == "tiny", 1024, 8
     config, llama = ModelConfig(llama=str(folder)), read_config(folder / "config.json")
     train.sizes = lambda size: (llama, shapes.VIT)
-    length = 1024
-    options = train.for_size(train.Options(precision="bf16", micro_batch=1, batch=2, length=length,
-                                           recompute=step == "recompute"))
-    settings = train.settings_for(options, 2)
+    rows = 16 if tiny else 1
+    options = train.for_size(train.Options(precision="fp32" if tiny else "bf16", micro_batch=rows, batch=2 * rows,
+                                           length=length, recompute=step == "recompute"))
     before = resident()[0]
     train.dist.barrier()
     started = time.perf_counter()
-    model = train.build_shared_out(config, torch.bfloat16, settings)
+    model = train.build_shared_out(config, train.DTYPES[options.precision], train.settings_for(options, 2))
     seconds = time.perf_counter() - started
     print(f"rank {train.dist.get_rank()}: bare process {before:.0f} MB, peak while loading "
           f"{resident()[1]:.0f} MB, {seconds:.2f} s", flush=True)
@@ -150,12 +162,12 @@ def rank(folder: Path, step: str):
     model.freeze()
     model.llama.recompute = options.recompute
     engine = train.engine_for(model, options, 10, universal=False)
-    kind = torch.full((1, length), TEXT)
-    kind[:, 8:8 + 64 * shapes.VIT.n_queries] = IMAGE            # 64 pictures
-    labels = torch.randint(0, llama.vocab_size, (1, length))
+    kind = torch.full((rows, length), TEXT)
+    kind[:, 8:8 + pictures * shapes.VIT.n_queries] = IMAGE
+    labels = torch.randint(0, llama.vocab_size, (rows, length))
     labels[:, :length * 2 // 3] = IGNORE
-    batch = dict(ids=torch.randint(0, llama.vocab_size, (1, length)), kind=kind, labels=labels,
-                 images=torch.randn(64, 3, shapes.VIT.image_size, shapes.VIT.image_size))
+    batch = dict(ids=torch.randint(0, llama.vocab_size, (rows, length)), kind=kind, labels=labels,
+                 images=torch.randn(rows * pictures, 3, shapes.VIT.image_size, shapes.VIT.image_size))
     for _ in range(2):
         train.train_step(engine, iter([batch]))
     predicted = train.memory(options, llama, shapes.VIT, 2)
@@ -177,11 +189,8 @@ def main():
         peak(options.step, options.file)
     elif options.what == "rank":
         rank(options.file, options.step)
-    elif options.what == "plan":
-        for step in ("whole", "recompute"):
-            loading(step)
     else:
-        {"images": images, "features": features, "loading": loading}[options.what]()
+        {"images": images, "features": features, "loading": loading, "plan": plan}[options.what]()
 
 
 if __name__ == "__main__":

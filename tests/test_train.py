@@ -316,7 +316,7 @@ def test_the_plan_counts_what_a_layer_keeps_for_the_backward_pass(precision, key
     own, kept = {t.untyped_storage().data_ptr() for t in layer.parameters()}, {}
 
     def keep(tensor):
-        kept[tensor.untyped_storage().data_ptr()] = tensor              # held: no address serves twice
+        kept[tensor.untyped_storage().data_ptr()] = tensor          # held: no address serves twice
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
