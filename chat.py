@@ -8,6 +8,7 @@ the keys and values of earlier ones are kept. Needs no deepspeed. Before: visual
 """
 import argparse
 import contextlib
+import hashlib
 import os
 import re
 import sys
@@ -16,12 +17,14 @@ from pathlib import Path
 
 import torch
 from PIL import Image
+from safetensors.torch import save_file
+from torch import Tensor
 
 from data import Round, encode_round, tensors
-from llama import Tokenizer
+from llama import Cache, Tokenizer, read_file
 from mmca import TEXT
-from visualchat import TRAINED, VisualChat, load, towers
-from vit import open_image
+from visualchat import TRAINED, ModelConfig, VisualChat, load, towers
+from vit import open_image, pixels
 
 with contextlib.suppress(ImportError):
     import readline                                             # line editing and history, where the system has it
@@ -29,13 +32,73 @@ with contextlib.suppress(ImportError):
 HELP = "Ask about the images; name a picture's file to add it. /new starts over, /quit or Ctrl-D ends."
 
 
+def fingerprint(folder: Path, config: ModelConfig) -> str:
+    """A name that changes with the training result in a folder, and with the weights that it was trained on."""
+    digest = hashlib.sha256((folder / TRAINED).read_bytes())
+    for file in (file for tower in towers(config) for file in sorted(tower.iterdir())):
+        digest.update(f"{file.absolute()} {file.stat().st_size} {file.stat().st_mtime_ns}".encode())
+    return digest.hexdigest()[:16]
+
+
+class Album:
+    """Pictures as LLaMA's layers see them under MMCA, which is the same in all conversations and at all places.
+
+    So ViT and LLaMA look at a picture once: the newest stay in memory, and all of them in a folder, if one is given.
+    """
+    NEWEST = 16                     # at 7b one takes 134 MB
+
+    def __init__(self, model: VisualChat, folder: Path | None = None):
+        self.model, self.folder, self.pages = model, folder, {}
+
+    def read(self, digest: str) -> Tensor | None:
+        """From the folder, if it is there; raises ValueError where the file holds something else."""
+        if not self.folder or not (file := self.folder / f"{digest}.safetensors").exists():
+            return None
+        found, llama = read_file(file).get("image_kv", torch.empty(0)), self.model.llama.config
+        expected = (llama.num_hidden_layers, 2, self.model.vit.config.n_queries, llama.num_key_value_heads,
+                    llama.hidden_size // llama.num_attention_heads)
+        if found.shape != expected:
+            raise ValueError(f"{file} holds {tuple(found.shape)} instead of keys and values {expected}: delete it")
+        return found.to(self.model.projection.weight)
+
+    @torch.no_grad()
+    def look(self, digest: str, picture: Path) -> Tensor:
+        """Run ViT, projection and LLaMA on a picture, and keep what comes out; raises as open_image does."""
+        image = pixels(open_image(picture), self.model.vit.config.image_size)[None]
+        found = self.model.image_kv(image.to(self.model.projection.weight.device))
+        if self.folder:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            unfinished = self.folder / f"{digest}.{os.getpid()}"
+            save_file({"image_kv": found.cpu().contiguous()}, unfinished)
+            os.replace(unfinished, self.folder / f"{digest}.safetensors")
+        return found
+
+    def show(self, pictures: list[Path]) -> Tensor | None:
+        """Keys and values of pictures in this order, as Llama.image_kv (layers, 2, tokens, H_kv, D); None: of none."""
+        found = []
+        for picture in pictures:
+            digest = hashlib.sha256(picture.read_bytes()).hexdigest()
+            page = self.pages.pop(digest, None)
+            page = self.read(digest) if page is None else page
+            found.append(self.look(digest, picture) if page is None else page)
+            self.pages[digest] = found[-1]
+            self.pages = dict(list(self.pages.items())[-self.NEWEST:])
+        return torch.cat(found, dim=2) if found else None
+
+
 class Chat:
     """One conversation: the ids and kinds said so far, and the cache that covers all but the last few of them."""
 
-    def __init__(self, model: VisualChat, tokenizer: Tokenizer):
-        self.model, self.tokenizer = model, tokenizer
+    def __init__(self, model: VisualChat, tokenizer: Tokenizer, album: Album | None = None,
+                 temperature: float = 0.0, top_p: float = 1.0):
+        self.model, self.tokenizer, self.album = model, tokenizer, album or Album(model)
+        self.temperature, self.top_p = temperature, top_p
         self.ids, self.kind, self.n_images = [], [], 0
-        self.cache, self.cached = {}, 0                         # keys and values, and of how many positions
+        self.cache = Cache(model.llama, 1, model.llama.config.max_position_embeddings)
+
+    def again(self) -> "Chat":
+        """A new conversation with the same model and album."""
+        return Chat(self.model, self.tokenizer, self.album, self.temperature, self.top_p)
 
     def ask(self, question: str, files: list[Path] = (), max_new_tokens: int = 512) -> Iterator[str]:
         """Introduce the pictures, ask, and yield the answer piece by piece.
@@ -49,12 +112,16 @@ class Chat:
         limit = model.llama.config.max_position_embeddings
         if len(self.ids) + len(new.ids) >= limit:
             raise ValueError(f"{len(self.ids)} positions and {len(new.ids)} more exceed {limit}: /new starts over")
-        images = tensors(new, vision.image_size)["images"].to(device)
-        said, kinds = self.ids + new.ids, self.kind + new.kind
-        ids, kind = torch.tensor([said[self.cached:]], device=device), torch.tensor([kinds], device=device)
+        context_free = model.llama.attention == "mmca"          # else what a picture looks like hangs on its place
+        images = tensors(new, vision.image_size)["images"].to(device) if not context_free else None
+        image_kv = self.album.show(files) if context_free else None
+        said, kinds, before = self.ids + new.ids, self.kind + new.kind, self.cache.past
+        fed = sum(before[0])
+        ids, kind = (torch.tensor([values[fed:]], device=device) for values in (said, kinds))
         heard, answer, text, shown = False, [], "", ""
         try:
-            for token in model.generate(ids, kind, images, max_new_tokens, self.cache):
+            for token in model.generate(ids, kind, images, None, max_new_tokens, self.cache, image_kv,
+                                        self.temperature, self.top_p):
                 heard = True
                 if token.item() == self.tokenizer.eos:
                     break
@@ -66,15 +133,12 @@ class Chat:
             if text != shown:
                 yield text[len(shown):]
         finally:                                                # after Ctrl-C, too: the answer ends where it is
-            if heard:                                           # else the question was not heard, nothing is said
+            if heard:       # the answer's end is not in the cache: it is fed with the next question
                 self.ids = [*said, *answer, self.tokenizer.eos]
                 self.kind = kinds + [TEXT] * (len(answer) + 1)
                 self.n_images += len(files)
-                self.cached = min((k.shape[2] for k, _ in self.cache.values()), default=0)
-            # After Ctrl-C the first layers may be a step ahead of the others. In any case the cache lacks the
-            # answer's end, which is fed with the next question.
-            self.cache = {layer: (k[:, :, :self.cached], v[:, :, :self.cached])
-                          for layer, (k, v) in self.cache.items()}
+            else:                                               # the question was not heard: nothing was said
+                self.cache.past = before
 
 
 def newest(folder: Path) -> Path:
@@ -139,7 +203,7 @@ def talk(chat: Chat, waiting: list[Path]):
             if line == "/quit":
                 return
             if line == "/new":
-                chat, waiting = Chat(chat.model, chat.tokenizer), []
+                chat, waiting = chat.again(), []
             elif line.startswith("/") and not Path(line.split()[0]).exists():
                 print(HELP)
             elif line:
@@ -159,12 +223,16 @@ def main():
     parser.add_argument("images", nargs="*", type=Path, help="pictures to talk about from the first question on")
     parser.add_argument("--question", action="append", help="answer this and end; may be given several times")
     parser.add_argument("--model", type=Path, help="folder of a training result; default the newest under out/")
+    parser.add_argument("--keep", type=Path, help="folder that keeps what LLaMA sees in each picture")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0: always the likeliest word; 1: by chance")
+    parser.add_argument("--top-p", type=float, default=1.0, help="draw from the likeliest words of this chance")
     options = parser.parse_args()
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     try:
         folder = options.model or newest(Path("out"))
         model, config = load(folder, torch.float32 if device.type == "cpu" else torch.float16, device)
-        chat = Chat(model, Tokenizer(towers(config)[0]))
+        album = Album(model, options.keep and options.keep / fingerprint(folder, config))
+        chat = Chat(model, Tokenizer(towers(config)[0]), album, options.temperature, options.top_p)
         print(f"{folder}: LLaMA-2 {config.size}, {config.attention}, on {device.type}")
         waiting = show(options.images, first=1)
         if not options.question:

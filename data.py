@@ -31,12 +31,11 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from llama import Tokenizer, read_file, read_json
-from mmca import IMAGE, PAD, TEXT
+from mmca import IMAGE, TEXT
 from visualchat import IGNORE, REPOSITORIES, find
 from vit import VisionConfig, VisionTransformer, open_image, pixels
 
@@ -48,7 +47,7 @@ TAGS = [[f"image {n}" for n in range(1, 9)],                            # the wa
         [f"image {letter}" for letter in "abcdefgh"], [f"image {letter}" for letter in "ABCDEFGH"],
         [f"the {n} image" for n in "first second third fourth fifth sixth seventh eighth".split()]]
 CHUNK = 1 << 24                 # bytes of a large file that are in memory at a time
-NOTHING = 0                     # the id that stands in `ids` where no token is: at image tokens and padding
+NOTHING = 0                     # the id that stands in `ids` where no token is: at image tokens
 
 
 # ---- what a conversation is ----
@@ -564,12 +563,26 @@ def tensors(encoded: Encoded, image_size: int, features: Features | None = None)
             "images": torch.stack(images) if images else empty}
 
 
-def collate(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """A batch: ids, kind, labels (B, S) padded to the longest row; images (N, 3, h, w) of all rows in order."""
-    fill = {"ids": NOTHING, "kind": PAD, "labels": IGNORE}
-    batch = {name: pad_sequence([row[name] for row in rows], batch_first=True, padding_value=value)
-             for name, value in fill.items()}
-    return {**batch, "images": torch.cat([row["images"] for row in rows])}
+def collate(rows: list[dict[str, Tensor]]) -> dict:
+    """A batch: conversations one after the other, without padding, in ids, kind, labels (1, S); `lengths` tells them
+    apart; images (N, 3, h, w) of all in order.
+    """
+    batch = {name: torch.cat([row[name] for row in rows])[None] for name in ("ids", "kind", "labels")}
+    return {**batch, "images": torch.cat([row["images"] for row in rows]), "lengths": [len(row["ids"]) for row in rows]}
+
+
+def pack(rows: list[dict[str, Tensor]], positions: int) -> list[dict]:
+    """Batches of at most so many positions, as few as come of putting long conversations first into where they fit.
+
+    A conversation that is longer makes a batch of its own.
+    """
+    batches = []
+    for row in sorted(rows, key=lambda row: -len(row["ids"])):
+        fitting = (batch for batch in batches if sum(len(other["ids"]) for other in (*batch, row)) <= positions)
+        if (batch := next(fitting, None)) is None:
+            batches.append(batch := [])
+        batch.append(row)
+    return [collate(batch) for batch in batches]
 
 
 class Conversations(Dataset):

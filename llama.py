@@ -3,14 +3,15 @@
     x (B, T, C) ─┬─ input_layernorm ── self_attn ──┬─ + ─┬─ post_attention_layernorm ── mlp ──┬─ + ──► next layer
                  └─────────────────────────────────┘     └────────────────────────────────────┘
 
-It takes embeddings instead of token ids, because image tokens come from another tower, and it returns hidden
-states, because only answers need logits. Every module has its name in the official checkpoint.
+It takes embeddings instead of token ids, because image tokens come from another tower, and it returns the hidden
+states that somebody reads, because only answers need logits. In between, all conversations of a batch are one list
+of N tokens, text first, then image tokens (mmca.py). Every module has its name in the official checkpoint.
 Before: mmca.py, with the attention and the letters for shapes. Next: vit.py.
 """
 import json
 import pickle
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -20,7 +21,7 @@ from sentencepiece import SentencePieceProcessor
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from mmca import PAD, fused_mmca
+from mmca import ATTENTION, IMAGE, PAD, Layout, compact_mmca, layout
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ LLAMA_2 = {
     "13b": LlamaConfig(5120, 13824, 40, 40, 40),
     "70b": LlamaConfig(8192, 28672, 80, 64, 8),
 }
+CHUNK = 256                         # answer tokens whose logits exist at a time
 
 
 # ---- parts ----
@@ -55,31 +57,67 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        x32 = x.float()
-        return self.weight * (x32 * (x32.square().mean(-1, keepdim=True) + self.eps).rsqrt()).to(x.dtype)
+        return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
 
 
-def rope_table(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """cos and sin (B, 1, T, D/2) in float32 for positions (B, T).
+def rope_table(position: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    """cos and sin (N, 1, D) in float32 for positions (N), the first half of sin negative as `rotate` wants it.
 
-    Made in every forward pass, since padding and cache move positions; in float32, since float16 tells integers
+    Made in every forward pass, since packing and cache move positions; in float32, since float16 tells integers
     apart only up to 2,048.
     """
-    frequency = theta ** -(torch.arange(0, head_dim, 2, device=positions.device).float() / head_dim)   # (D/2)
-    angle = positions[:, None, :, None].float() * frequency
-    return angle.cos(), angle.sin()
+    frequency = theta ** -(torch.arange(0, head_dim, 2, device=position.device).float() / head_dim)    # (D/2)
+    angle = position[:, None, None].float() * frequency
+    cos, sin = angle.cos(), angle.sin()
+    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """RoPE in the split-half layout: channel i turns with channel i + D/2. x (B, H, T, D)."""
-    a, b = x.float().chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+    """RoPE in the split-half layout: channel i turns with channel i + D/2. x (N, H, D)."""
+    return (x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin).to(x.dtype)
+
+
+class Cache:
+    """Keys (after RoPE) and values of some conversations, so that what was said is not computed again.
+
+    Each conversation has room for `room` text tokens, laid out beforehand; image tokens join now and then.
+    """
+
+    def __init__(self, llama: "Llama", conversations: int, room: int):
+        config, like = llama.config, llama.norm.weight
+        heads, head_dim = config.num_key_value_heads, config.hidden_size // config.num_attention_heads
+        self.text = like.new_empty(config.num_hidden_layers, conversations, 2, heads, room, head_dim)
+        self.image = [[like.new_empty(2, heads, 0, head_dim)] * conversations for _ in llama.layers]
+        self.past, self.room = [(0, 0)] * conversations, room           # text and image tokens that are in
+
+    def extend(self, layer: int, row: int, text: tuple[Tensor, Tensor], image: tuple[Tensor, Tensor]):
+        """Add the keys and values (1, H_kv, tokens, D) of new tokens; returns those of all, text and image.
+
+        `past` grows when all layers are done, so a pass that was interrupted counts for nothing.
+        """
+        n_text, n_image = self.past[row]
+        after = n_text + text[0].shape[2]
+        kv = self.text[layer, row, :, None, :, :after]                          # (2, 1, H_kv, S, D)
+        kv[:, :, :, n_text:] = torch.stack(text)
+        if image[0].shape[2]:
+            self.image[layer][row] = torch.cat((self.image[layer][row][:, :, :n_image], torch.cat(image)), dim=2)
+        return kv.unbind(), self.image[layer][row][:, None].unbind()
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What all layers of one forward pass share."""
+    layout: Layout
+    cos: Tensor                     # (N, 1, D)
+    sin: Tensor
+    cache: Cache | None
+    image_kv: Tensor | None         # (layers, 2, M, H_kv, D), see Llama.image_kv; then x holds the text alone
 
 
 class Attention(nn.Module):
-    """Grouped-query attention around a function of mmca.py; with fewer key heads than heads, several share one."""
+    """Grouped-query attention around mmca.py's; with fewer key heads than heads, several share one."""
 
-    def __init__(self, config: LlamaConfig, attention: Callable):
+    def __init__(self, config: LlamaConfig):
         super().__init__()
         self.head_dim = config.hidden_size // config.num_attention_heads
         width, kv_width = config.hidden_size, config.num_key_value_heads * self.head_dim
@@ -87,18 +125,25 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(width, kv_width, bias=False)
         self.v_proj = nn.Linear(width, kv_width, bias=False)
         self.o_proj = nn.Linear(width, width, bias=False)
-        self.attention = attention
 
-    def forward(self, x: Tensor, kind: Tensor, cos: Tensor, sin: Tensor, cache: dict | None) -> Tensor:
-        q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)             # (B, H or H_kv, T, D)
-                   for proj in (self.q_proj, self.k_proj, self.v_proj))
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        if cache is not None:
-            if self in cache:
-                k, v = (torch.cat(pair, dim=2) for pair in zip(cache[self], (k, v)))      # (B, H_kv, S, D)
-            cache[self] = k, v
-        out = self.attention(q, k, v, kind, past=k.shape[2] - x.shape[1])
-        return self.o_proj(out.transpose(1, 2).flatten(2))                                # (B, T, C)
+    def forward(self, x: Tensor, scene: Scene, layer: int, read: Tensor | None) -> Tensor:
+        talks, n = scene.layout.talks, scene.layout.n_text
+        q, k, v = (proj(rows).unflatten(-1, (-1, self.head_dim))                          # (N, H or H_kv, D)
+                   for proj, rows in ((self.q_proj, x[:n]), (self.k_proj, x), (self.v_proj, x)))
+        own = v[n:].repeat_interleave(q.shape[1] // k.shape[1], dim=1)                    # image tokens' output
+        if scene.image_kv is not None:
+            k, v = (torch.cat(pair) for pair in zip((k, v), scene.image_kv[layer]))
+        q, k = rotate(q, scene.cos[:n], scene.sin[:n]), rotate(k, scene.cos, scene.sin)
+        texts, images = [talk.text for talk in talks], [talk.image for talk in talks]
+        k, v = (x.transpose(0, 1)[None].split(texts + images, dim=2) for x in (k, v))     # (1, H_kv, ·, D) each
+        out = []
+        for row, query in enumerate(q.transpose(0, 1)[None].split(texts, dim=2)):         # (1, H, T, D)
+            text, image = (k[row], v[row]), (k[row + len(talks)], v[row + len(talks)])
+            if scene.cache:
+                text, image = scene.cache.extend(layer, row, text, image)
+            out.append(compact_mmca(query, text, image, talks[row].runs)[0].transpose(0, 1))    # (T, H, D)
+        out = torch.cat((*out, own)).flatten(1)                                           # (N, C)
+        return self.o_proj(out if read is None else out[read])
 
 
 class MLP(nn.Module):
@@ -115,16 +160,57 @@ class MLP(nn.Module):
 
 
 class Layer(nn.Module):
-    def __init__(self, config: LlamaConfig, attention: Callable):
+    def __init__(self, config: LlamaConfig):
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = Attention(config, attention)
+        self.self_attn = Attention(config)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, kind: Tensor, cos: Tensor, sin: Tensor, cache: dict | None) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), kind, cos, sin, cache)
+    def forward(self, x: Tensor, scene: Scene, layer: int, read: Tensor | None = None) -> Tensor:
+        """x (N, C) to (N, C), or to the rows that are read, where nobody needs the others any more."""
+        attended = self.self_attn(self.input_layernorm(x), scene, layer, read)
+        x = (x if read is None else x[read]) + attended
         return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Scores(torch.autograd.Function):
+    """Cross-entropy behind a frozen matrix, CHUNK tokens at a time: no more logits than theirs ever exist.
+
+    The gradient of `hidden` is made on the way, while the logits are there, and kept instead of them.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        parts, gradients = [], []
+        for rows, wanted in zip(hidden.split(CHUNK), target.split(CHUNK)):
+            logits = (rows @ weight.T).float()                                  # (CHUNK, vocabulary)
+            loss = F.cross_entropy(logits, wanted, reduction="none")
+            parts.append((loss, logits.argmax(-1) == wanted))
+            if ctx.needs_input_grad[0]:
+                chance = logits.softmax(-1)
+                chance[torch.arange(len(wanted)), wanted] -= 1                  # the gradient of the logits
+                gradients.append(chance.to(weight.dtype) @ weight)
+        loss, right = (torch.cat(part) for part in zip(*parts))
+        ctx.save_for_backward(*gradients)
+        ctx.mark_non_differentiable(right)
+        return loss, right
+
+    @staticmethod
+    def backward(ctx, of_loss: Tensor, _) -> tuple[Tensor, None, None]:
+        if ctx.needs_input_grad[1]:
+            raise RuntimeError("lm_head is expected to be frozen: no gradient of its weights is made here")
+        gradient = torch.cat(ctx.saved_tensors)
+        return gradient * of_loss[:, None].to(gradient.dtype), None, None
+
+
+class Head(nn.Linear):
+    """`lm_head`: hidden states (R, C) to logits (R, vocabulary), or with target (R) to its losses and hits (R)."""
+
+    def forward(self, hidden: Tensor, target: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        if target is None:
+            return super().forward(hidden)
+        return Scores.apply(hidden, self.weight, target)
 
 
 # ---- official folders ----
@@ -228,33 +314,65 @@ def read_config(path: Path) -> LlamaConfig:
 class Llama(nn.Module):
     """The decoder. `embed_tokens` and `lm_head` are for the caller, before and after `forward`."""
 
-    def __init__(self, config: LlamaConfig, attention: Callable = fused_mmca):
+    def __init__(self, config: LlamaConfig, attention: str = "mmca"):
         super().__init__()
         self.config = config
+        self.attention = attention  # a name in mmca.py's ATTENTION
         self.recompute = False      # True: layers keep their input alone and compute again in the backward pass
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Layer(config, attention) for _ in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Head(config.hidden_size, config.vocab_size, bias=False)
 
-    def forward(self, x: Tensor, kind: Tensor, cache: dict | None = None) -> Tensor:
-        """Embeddings x (B, T, C) and kind (B, S) to hidden states (B, T, C) after the final norm.
-
-        A cache starts as an empty dict; it is filled with the keys and values of the positions seen so far, which
-        make up the first S - T of kind. A position is counted without padding, so padding may stand anywhere.
-        """
-        positions = ((kind != PAD).cumsum(dim=1) - 1).clamp(min=0)[:, -x.shape[1]:]       # (B, T)
+    def through_layers(self, x: Tensor, where: Layout, read: Tensor, cache: Cache | None = None,
+                       image_kv: Tensor | None = None) -> Tensor:
+        """x (N, C) to hidden states (R, C) of the rows `read` (R)."""
         head_dim = self.config.hidden_size // self.config.num_attention_heads
-        cos, sin = rope_table(positions, head_dim, self.config.rope_theta)
-        for layer in self.layers:
+        scene = Scene(where, *rope_table(where.position, head_dim, self.config.rope_theta), cache, image_kv)
+        for i, layer in enumerate(self.layers):
+            rows = read if i == len(self.layers) - 1 else None
             if self.recompute and torch.is_grad_enabled() and cache is None:
-                x = checkpoint(layer, x, kind, cos, sin, None, use_reentrant=False)
+                x = checkpoint(layer, x, scene, i, rows, use_reentrant=False)
             else:
-                x = layer(x, kind, cos, sin, cache)
+                x = layer(x, scene, i, rows)
+        if cache:
+            cache.past = [(texts + talk.text, images + talk.image)
+                          for (texts, images), talk in zip(cache.past, where.talks)]
         return self.norm(x)
 
+    def forward(self, x: Tensor, kind: Tensor, read: Tensor | None = None, lengths: list[int] | None = None,
+                cache: Cache | None = None, image_kv: Tensor | None = None) -> Tensor:
+        """Embeddings x (B, T, C) and kind (B, T) to hidden states (R, C) after the final norm.
+
+        They are those of the R positions where read (B, T) is true, row after row; by default of all but padding.
+        Each row is a conversation, or `lengths` are those of the conversations that lie in the rows one after the
+        other. With a cache they go on from what is in it. With image_kv, from the method of that name, x is not
+        looked at where kind is IMAGE. Raises ValueError where the cache is full.
+        """
+        kind = ATTENTION[self.attention](kind)
+        where = layout(kind, lengths, cache and cache.past)
+        if cache and (most := max(past + talk.text for (past, _), talk in zip(cache.past, where.talks))) > cache.room:
+            raise ValueError(f"{most} text tokens, but the cache has room for {cache.room}")
+        place = where.place if image_kv is None else where.place[:where.n_text]
+        row = torch.empty(kind.numel(), dtype=torch.long, device=kind.device)       # of each position among the N
+        row[where.place] = torch.arange(len(where.place), device=kind.device)
+        read = row[(kind != PAD if read is None else read).flatten()]
+        return self.through_layers(x.flatten(0, 1).index_select(0, place), where, read, cache, image_kv)
+
+    @torch.no_grad()
+    def image_kv(self, x: Tensor) -> Tensor:
+        """Keys before RoPE and values of image tokens x (M, C) in all layers: (layers, 2, M, H_kv, D).
+
+        Under MMCA they depend on nothing else, so they serve wherever and whenever the image is shown.
+        """
+        kind = torch.full((1, len(x)), IMAGE, device=x.device)
+        cache = Cache(self, 1, room=0)
+        where = replace(layout(kind), position=torch.zeros_like(kind[0]))           # RoPE does nothing at 0
+        self.through_layers(x, where, kind.new_empty(0), cache)
+        return torch.stack([of_layer[0] for of_layer in cache.image]).transpose(2, 3)
+
     @classmethod
-    def from_pretrained(cls, folder: Path | str, attention: Callable = fused_mmca, dtype=None,
+    def from_pretrained(cls, folder: Path | str, attention: str = "mmca", dtype=None,
                         device="cpu") -> "Llama":
         """A LLaMA-2 from an official `-hf` folder: config.json, safetensors (or pickled) shards with their index.
 

@@ -12,6 +12,7 @@ Shapes, in every file: B batch, T queries, S keys (S = past + T), H heads, D hea
 N images, P patches.
 """
 import sys
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -64,35 +65,81 @@ def mmca(q: Tensor, k: Tensor, v: Tensor, kind: Tensor, past: int = 0) -> Tensor
     return out.flatten(1, 2).to(k.dtype)                                    # (B, H, T, D)
 
 
-# ---- the same without ever holding the scores ----
-
-def attend(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor) -> Tensor:
-    """softmax(QKᵀ ⊙ allowed) V by torch's fused kernel; a query without an allowed key gets zeros.
-
-    q (B, H, T, D); k, v (B, H_kv, S, D); allowed (B, 1, T, S) bool; returns (B, H, T, D).
-    """
-    if (shared := q.shape[1] // k.shape[1]) > 1:
-        k, v = k.repeat_interleave(shared, dim=1), v.repeat_interleave(shared, dim=1)
-    some = allowed.any(dim=-1, keepdim=True)
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed | ~some)    # all of a row masked would be NaN
-    return out * some
-
-
-def fused_mmca(q: Tensor, k: Tensor, v: Tensor, kind: Tensor, past: int = 0) -> Tensor:
-    """What `mmca` gives, in less memory and time: the form that llama.py uses. Shapes as in `mmca`."""
-    m = matrix(kind, past)[:, None]                                         # (B, 1, T, S)
-    return attend(q, k, v, m == 1) + attend(q, k, v, m == 2)
-
-
 def causal(q: Tensor, k: Tensor, v: Tensor, kind: Tensor, past: int = 0) -> Tensor:
-    """Causal attention, one softmax for image and text alike: the paper's baseline. Shapes as in `mmca`."""
-    place = torch.arange(kind.shape[1], device=kind.device)
-    earlier = place[past:, None] >= place                                   # (T, S)
-    allowed = earlier & (kind[:, past:, None] != PAD) & (kind[:, None, :] != PAD)
-    return attend(q, k, v, allowed[:, None])
+    """Causal attention, the paper's baseline: every token counts as text, so M1 is all there is. Shapes as above."""
+    return mmca(q, k, v, all_text(kind), past)
 
 
-ATTENTION = {"mmca": fused_mmca, "causal": causal}
+# ---- the same, without the work that nobody reads: what llama.py uses ----
+
+# An image token's output is its own value, whatever its query. So text and image tokens are taken apart: text looks
+# at text alone, in its own order, which is plain causal attention; and each run of text between two images looks at
+# all images before it, which needs no mask. Both are what torch's fused kernel does best, and no matrix is built.
+
+@dataclass(frozen=True)
+class Talk:
+    """One conversation of a batch: how many text and how many image tokens it has, and who sees whom."""
+    text: int
+    image: int
+    runs: list[tuple[int, int]]     # (text tokens in a row, image tokens that they see), those of the past included
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the N tokens of a batch stand once they are taken apart: all text first, then all image tokens."""
+    place: Tensor                   # (N) where in the flattened batch a token comes from
+    position: Tensor                # (N) its place in its own conversation, from 0
+    talks: list[Talk]
+
+    @property
+    def n_text(self) -> int:
+        return sum(talk.text for talk in self.talks)
+
+
+def layout(kind: Tensor, lengths: list[int] | None = None, past: list[tuple[int, int]] | None = None) -> Layout:
+    """Take kind (B, T) apart; PAD is left out, and may stand anywhere.
+
+    lengths: of the conversations that lie one after the other in the flattened rows; by default each row is one.
+    past: how many text and image tokens of each conversation came before, in a KV cache.
+    """
+    lengths, cells = lengths or [kind.shape[1]] * len(kind), kind.flatten().cpu()
+    position, talks = [], []
+    for cell, (texts, images) in zip(cells.split(lengths), past or [(0, 0)] * len(lengths)):
+        seen = (cell == IMAGE).cumsum(0)[cell == TEXT] + images                 # by each text token
+        values, counts = seen.unique_consecutive(return_counts=True)
+        talks.append(Talk(len(seen), int((cell == IMAGE).sum()), list(zip(counts.tolist(), values.tolist()))))
+        position.append((cell != PAD).cumsum(0) - 1 + texts + images)
+    place = torch.cat(((cells == TEXT).nonzero(), (cells == IMAGE).nonzero()))[:, 0]
+    return Layout(place.to(kind.device), torch.cat(position)[place].to(kind.device), talks)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, **which) -> Tensor:
+    """torch's fused softmax(QKᵀ / sqrt(D)) V, scores in float32; heads of a group share a key (GQA)."""
+    return F.scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[1] != k.shape[1], **which)
+
+
+def compact_mmca(q: Tensor, text: tuple[Tensor, Tensor], image: tuple[Tensor, Tensor], runs: list) -> Tensor:
+    """What `mmca` gives the text tokens of one conversation; its image tokens get their own values.
+
+    q (1, H, T, D) of the new text; keys and values of text (1, H_kv, S, D) and of image tokens (1, H_kv, I, D), the
+    past included; runs as in Talk. Returns (1, H, T, D).
+    """
+    new, past = q.shape[2], text[0].shape[2] - q.shape[2]
+    mask = q.new_ones(new, past + new, dtype=torch.bool).tril(past) if past and new > 1 else None
+    out = attend(q, *text, attn_mask=mask, is_causal=not past)
+    if not image[0].shape[2] or not new:
+        return out
+    parts = [attend(part, *(x[:, :, :seen] for x in image)) if seen else torch.zeros_like(part)
+             for part, (_, seen) in zip(q.split([count for count, _ in runs], dim=2), runs)]
+    return out + torch.cat(parts, dim=2)
+
+
+def all_text(kind: Tensor) -> Tensor:
+    """The kind of causal attention: image tokens count as text."""
+    return kind.clamp(max=TEXT)
+
+
+ATTENTION = {"mmca": lambda kind: kind, "causal": all_text}     # name: what it takes each token for
 
 
 # ---- Figure 4, to look at ----

@@ -415,11 +415,12 @@ def probes(encoded: Encoded, scenes: list[Scene], tokenizer: Tokenizer) -> Itera
 
 def text_batch(rng: random.Random, tokenizer: Tokenizer, most_images: int, n: int, n_rounds: int):
     """A batch of n dialogues with words for image tokens, its probes, and (topic, images shown) per question."""
-    rows, asked, topics = [], [], []
-    for row in range(n):
+    rows, asked, topics, before = [], [], [], 0
+    for _ in range(n):
         scenes, rounds = dialogue(min(most_images, rng.choice([1, 2, 3, 3])), n_rounds, rng, anything)
         encoded = encode([Round(tuple(new), q, a) for new, _, q, a in rounds], tokenizer, len(ATTRIBUTES))
-        asked += [(name, row, place, wanted) for name, place, wanted in probes(encoded, scenes, tokenizer)]
+        asked += [(name, before + place, wanted) for name, place, wanted in probes(encoded, scenes, tokenizer)]
+        before += len(encoded.ids)
         words = iter(tokenizer.encode(value)[0] for scene in scenes for value in rng.sample(scene, len(scene)))
         encoded.ids = [next(words) if kind == IMAGE else id for id, kind in zip(encoded.ids, encoded.kind)]
         encoded.images = []
@@ -431,17 +432,22 @@ def text_batch(rng: random.Random, tokenizer: Tokenizer, most_images: int, n: in
 
 def predict(llama: Llama, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     """Logits and right ids of the answer tokens."""
-    hidden, target = llama(llama.embed_tokens(batch["ids"]), batch["kind"])[:, :-1], batch["labels"][:, 1:]
-    return llama.lm_head(hidden[target != IGNORE]), target[target != IGNORE]
+    target = batch["labels"][:, 1:]
+    read = F.pad(target != IGNORE, (0, 1))
+    hidden = llama(llama.embed_tokens(batch["ids"]), batch["kind"], read, batch["lengths"])
+    return llama.lm_head(hidden), target[target != IGNORE]
 
 
-def head_loss(heads: nn.ModuleDict, states: dict[int, Tensor], asked: list) -> Tensor:
-    """What the auxiliary heads miss, each kind of head with the same weight; states (B, S, C) after each layer."""
-    total = 0
+def head_loss(heads: nn.ModuleDict, states: dict[int, Tensor], kind: Tensor, asked: list) -> Tensor:
+    """What the auxiliary heads miss, each kind of head with the same weight.
+
+    states (N, C) after each layer, the text of kind (1, S) first (mmca.py), where all places that are asked lie.
+    """
+    total, text = 0, (kind[0] == TEXT).cumsum(0) - 1
     for name, (layer, widths) in HEADS.items():
-        if found := [(row, place, wanted) for head, row, place, wanted in asked if head == name]:
-            rows, places, wanted = map(list, zip(*found))
-            guesses = heads[name](states[layer][rows, places]).split(widths, dim=1)
+        if found := [(place, wanted) for head, place, wanted in asked if head == name]:
+            places, wanted = map(list, zip(*found))
+            guesses = heads[name](states[layer][text[places]]).split(widths, dim=1)
             total += sum(map(F.cross_entropy, guesses, torch.tensor(wanted).T)) / len(widths)
     return total
 
@@ -467,11 +473,6 @@ def report(name: str, table: dict[str, dict[str, list[bool]]]):
               *(f"{topic} {sum(right) / len(right):.3f}" for topic, right in sorted(topics.items())), sep="  ")
 
 
-def attend(llama: Llama, attention: Callable):
-    for layer in llama.layers:
-        layer.self_attn.attention = attention
-
-
 def pretrain_llama(tokenizer: Tokenizer, steps: int) -> Llama:
     """A LLaMA that answers questions about written descriptions; half of the batches are MMCA, half causal."""
     sizes = replace(LLAMA, vocab_size=tokenizer.model.vocab_size())
@@ -484,15 +485,16 @@ def pretrain_llama(tokenizer: Tokenizer, steps: int) -> Llama:
              for i, layer in enumerate(llama.layers)]
 
     def loss_of(step: int) -> Tensor:
-        attend(llama, rng.choice(list(ATTENTION.values())))
+        llama.attention = rng.choice(list(ATTENTION))
         batch, asked, _ = text_batch(rng, tokenizer, 1 if step < 100 else 3, n=16, n_rounds=8)
-        return F.cross_entropy(*predict(llama, batch)) + head_loss(heads, states, asked)
+        return (F.cross_entropy(*predict(llama, batch))
+                + head_loss(heads, states, ATTENTION[llama.attention](batch["kind"]), asked))
 
     fit([llama, heads], loss_of, steps, lr=2e-3, name="LLaMA")
     for hook in hooks:
         hook.remove()
-    for name, attention in ATTENTION.items():
-        attend(llama, attention)
+    for name in ATTENTION:
+        llama.attention = name
         report(f"LLaMA, {name}, written scenes", reading(llama, tokenizer, 2000))
     return llama
 

@@ -22,7 +22,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")             # threads that spin while they wait slow others
@@ -44,10 +44,10 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import logger, safe_get_full_fp32_param
 
 import shapes
-from data import COCO, DIALOGUE, RECIPES, SOURCES, Conversations, Features, Reader, collate, encode, llava, order
-from data import read, split, tensors
+from data import (COCO, DIALOGUE, RECIPES, SOURCES, Conversations, Features, Reader, collate, encode, llava, order,
+                  pack, read, split, tensors)
 from llama import LLAMA_2, Layer, LlamaConfig, Tokenizer, read_json
-from mmca import ATTENTION, PAD
+from mmca import ATTENTION
 from visualchat import (IGNORE, REPOSITORIES, ModelConfig, VisualChat, build, readable, save, towers,
                         whole_answers)
 from vit import VisionConfig, VisionTransformer
@@ -77,7 +77,8 @@ class Options:
     # How?
     epochs: int = option(0, "passes over the data; default 4 for tiny, else as the paper for this mixture")
     batch: int = option(0, "conversations per step, over all ranks; default 16 for tiny, else 128")
-    micro_batch: int = option(0, "conversations per rank at a time; default at most 16 for tiny, else at most 4")
+    positions: int = option(4096, "positions that a rank computes at a time, filled with whole conversations; longer "
+                                  "conversations lose their last rounds")
     lr: float = option(0.0, "peak rate, a tenth of the steps on; then a cosine; default 2e-3 for tiny, else 1e-3")
     embedding_lr: float = option(0.0, "peak learning rate of the token embedding; default that of --lr")
     workers: int = option(2, "processes per rank that open pictures")
@@ -99,7 +100,7 @@ class Options:
     plan: bool = option(False, "print what each GPU will hold and how much there is to compute, and end")
     gpus: int = option(8, "how many GPUs --plan plans for")
     gpu_memory: float = option(80.0, "what each of them has, in 10^9 bytes")
-    length: int = option(4096, "positions of a conversation that --plan expects, a third of them answers")
+    length: int = option(1024, "positions of a conversation that --plan expects, a third of them answers")
     local_rank: int = option(0, "set by the launcher")
 
 
@@ -172,22 +173,17 @@ def counts(llama: LlamaConfig, vit: VisionConfig) -> dict[str, int]:
     """How many values a layer, the token embedding, all that is trained and all that is frozen have."""
     with torch.device("meta"):
         layer, tower = (sum(p.numel() for p in part.parameters())
-                        for part in (Layer(llama, None), VisionTransformer(vit)))
+                        for part in (Layer(llama), VisionTransformer(vit)))
     embedding = llama.vocab_size * llama.hidden_size
     return dict(layer=layer, embedding=embedding, trained=embedding + (vit.output_dim + 1) * llama.hidden_size,
                 vit=tower, frozen=llama.num_hidden_layers * layer + embedding + llama.hidden_size + tower)
 
 
-def micro_batch(options: Options, ranks: int) -> int:
-    """Conversations per rank at a time; raises ValueError where they do not make up the batch."""
-    most = 16 if options.size == "tiny" else 4
-    fitting = [n for n in range(1, options.batch // ranks + 1) if options.batch % (n * ranks) == 0]
-    wanted = options.micro_batch or max((n for n in fitting if n <= most), default=0)
-    if wanted not in fitting:
-        can_be = ", ".join(map(str, fitting)) or "nothing, take another --batch"
-        raise ValueError(f"--batch {options.batch} is no multiple of {ranks} ranks × {wanted or 1} conversations: "
-                         f"--micro-batch can be {can_be}")
-    return wanted
+def share(options: Options, ranks: int) -> int:
+    """Conversations per rank and step; raises ValueError where ranks cannot share the batch."""
+    if options.batch % ranks:
+        raise ValueError(f"--batch {options.batch} cannot be shared by {ranks} ranks: take a multiple of {ranks}")
+    return options.batch // ranks
 
 
 def settings_for(options: Options, ranks: int) -> dict:
@@ -211,8 +207,10 @@ def settings_for(options: Options, ranks: int) -> dict:
         where |= {"nvme_path": options.nvme} if options.offload == "nvme" else {}
         zero |= {"offload_optimizer": where} | ({"offload_param": where} if options.zero == 3 else {})
     settings = {
-        "train_micro_batch_size_per_gpu": options.micro_batch,
-        "gradient_accumulation_steps": options.batch // (options.micro_batch * ranks),
+        # All that a rank computes before a step. How many packed batches that takes differs from step to step, so
+        # train_step tells DeepSpeed which one is the last.
+        "train_micro_batch_size_per_gpu": share(options, ranks),
+        "gradient_accumulation_steps": 1,
         "gradient_clipping": 1.0,
         "zero_optimization": zero,
         # The loss scale starts at 65,536, halves when gradients overflow and doubles after 500 steps without.
@@ -434,26 +432,35 @@ class Stop:
         return asked.item() > 0
 
 
-def on_device(batch: dict[str, Tensor], engine) -> dict[str, Tensor]:
-    return {name: tensor.to(engine.device) for name, tensor in batch.items()}
+def on_device(batch: dict, engine) -> dict:
+    return {name: x.to(engine.device) if isinstance(x, Tensor) else x for name, x in batch.items()}
 
 
-def train_step(engine, batches: Iterator[dict[str, Tensor]]) -> tuple[float, int]:
-    """One optimizer step on the next batches; returns loss per answer token and positions read, over all ranks.
+def as_many(batches: list[dict], engine) -> list[dict]:
+    """The batches, and empty ones behind them, so that all ranks have as many: ZeRO-3 ranks gather weights together."""
+    most = torch.tensor(len(batches), device=engine.device)
+    dist.all_reduce(most, dist.ReduceOp.MAX)
+    empty = {name: x[:, :0] for name, x in batches[0].items() if name in ("ids", "kind", "labels")}
+    empty |= {"images": batches[0]["images"][:0], "lengths": [0]}
+    return [on_device(batch, engine) for batch in batches + [empty] * (int(most) - len(batches))]
 
-    Every answer token of the step weighs the same, wherever it lies; the mean over ranks and micro-batches that
-    DeepSpeed takes would let a token of a short answer weigh more. So each micro-batch counts by its tokens.
+
+def train_step(engine, batches: list[dict]) -> tuple[float, int]:
+    """One optimizer step on these batches; returns loss per answer token and positions read, over all ranks.
+
+    Every answer token of the step weighs the same, wherever it lies; the mean over ranks and batches that DeepSpeed
+    takes would let a token of a short answer weigh more. So each batch counts by its tokens.
     """
-    accumulation = engine.gradient_accumulation_steps()
-    group = [on_device(next(batches), engine) for _ in range(accumulation)]
-    counts = [(batch["labels"] != IGNORE).sum() for batch in group]
-    total = torch.stack([sum(counts), sum((batch["kind"] != PAD).sum() for batch in group)])
+    batches = as_many(batches, engine)
+    counts = [(batch["labels"] != IGNORE).sum() for batch in batches]
+    total = torch.stack([sum(counts), sum(counts[0].new_tensor(batch["ids"].numel()) for batch in batches)])
     dist.all_reduce(total)
     mean = torch.zeros((), device=engine.device)
-    for batch, count in zip(group, counts):
+    for i, (batch, count) in enumerate(zip(batches, counts), 1):
+        engine.set_gradient_accumulation_boundary(i == len(batches))
         loss = engine(**batch) * count / total[0].clamp(min=1)
         mean += loss.detach()
-        engine.backward(loss * dist.get_world_size() * accumulation)
+        engine.backward(loss * dist.get_world_size())           # DeepSpeed takes the mean over ranks
         try:
             engine.step()
         except Exception as error:                              # DeepSpeed has no narrower one for this
@@ -470,8 +477,7 @@ def evaluate(engine, batches: DataLoader) -> tuple[float, float]:
     """Loss per answer token, and the share of answers that greedy decoding gives word for word, on all ranks."""
     engine.eval()
     sums = torch.zeros(4, device=engine.device)
-    for batch in batches:
-        batch = on_device(batch, engine)
+    for batch in (batch for packed in batches for batch in as_many(packed, engine)):
         loss, right = engine.module.score(**batch)
         whole = whole_answers(batch["labels"], right)
         sums += torch.stack([loss.sum(), sums.new_tensor(len(loss)), whole.sum(), sums.new_tensor(len(whole))])
@@ -501,7 +507,7 @@ def ask(engine, tokenizer: Tokenizer, conversations: list, way: str) -> Iterator
         batch = on_device(collate(rows), engine)
         images = batch["images"] * (way != "blind")             # normalized, so zero is gray
         said, ended = [], False
-        for token in model.generate(batch["ids"], batch["kind"], images, max_new_tokens=12):
+        for token in model.generate(batch["ids"], batch["kind"], images, batch["lengths"], max_new_tokens=12):
             said.append(token)
             if (ended := ended | (token == tokenizer.eos)).all():
                 break
@@ -581,7 +587,7 @@ def load_data(options: Options, config: ModelConfig, tokenizer: Tokenizer,
         pictures = list(dict.fromkeys(image for talk in found for turn in talk.rounds for image in turn.images))
         features.fill(pictures[rank::ranks], whole, options.skip_bad)
         dist.barrier()
-    limit = model.llama.config.max_position_embeddings
+    limit = min(options.positions, model.llama.config.max_position_embeddings)
     train, held_out = (Conversations(part, tokenizer, vit.config, limit, options.skip_bad, features)
                        for part in split(found, options.seed))
     if len(train) < options.batch or len(held_out) < ranks:
@@ -597,9 +603,9 @@ def ignore_signals(worker: int):
 
 
 def loader(rows: Conversations, indices: list[int], options: Options) -> DataLoader:
-    """Batches of these rows in this order, made by worker processes."""
-    return DataLoader(rows, options.micro_batch, sampler=indices, num_workers=options.workers, collate_fn=collate,
-                      worker_init_fn=ignore_signals)
+    """For each step this rank's packed batches of these rows in this order, made by worker processes."""
+    return DataLoader(rows, share(options, dist.get_world_size()), sampler=indices, num_workers=options.workers,
+                      collate_fn=partial(pack, positions=options.positions), worker_init_fn=ignore_signals)
 
 
 def prepare(options: Options) -> tuple[VisualChat, ModelConfig, Tokenizer]:
@@ -616,7 +622,9 @@ def prepare(options: Options) -> tuple[VisualChat, ModelConfig, Tokenizer]:
     summary = model.freeze()
     if dist.get_rank() == 0:
         print(f"{summary}; {options.attention}, ZeRO-{options.zero}, {options.precision}, "
-              f"ranks: {dist.get_world_size()}, conversations at a time: {options.micro_batch}")
+              f"ranks: {dist.get_world_size()}\nbatch {options.batch} = {dist.get_world_size()} ranks x "
+              f"{share(options, dist.get_world_size())} conversations, packed into at most {options.positions} positions "
+              "at a time")
     return model, config, Tokenizer(towers(config)[0])
 
 
@@ -707,15 +715,15 @@ def fit(engine, train: Conversations, held_out: Conversations, options: Options,
     Path(options.out).mkdir(parents=True, exist_ok=True)
     started = time.time() - (rows[-1]["seconds"] if rows else 0)
     steps = len(train) // options.batch                         # what fills no batch is left for another epoch
-    share = options.batch // ranks                              # conversations per rank and step
+    own = share(options, ranks)                                 # conversations of a step
     with tqdm(total=steps * options.epochs, initial=len(rows), disable=rank != 0) as bar:
         for epoch in range(len(rows) // steps + 1, options.epochs + 1):
             done = len(rows) - (epoch - 1) * steps              # of this epoch, before the run was interrupted
-            mine = order(len(train), options.seed, epoch, rank, ranks)[done * share:steps * share]
+            mine = order(len(train), options.seed, epoch, rank, ranks)[done * own:steps * own]
             stream = iter(loader(train, mine, options))
             for step in range(done + 1, steps + 1):
                 lr = engine.get_lr()[0]
-                loss, positions = train_step(engine, stream)
+                loss, positions = train_step(engine, next(stream))
                 if not math.isfinite(loss):
                     raise ValueError(f"loss {loss} at step {len(rows) + 1}: try --precision bf16 or a lower --lr")
                 rows.append(dict(step=len(rows) + 1, epoch=epoch, loss=loss, lr=lr, positions=positions,
@@ -739,7 +747,7 @@ def fit(engine, train: Conversations, held_out: Conversations, options: Options,
 def run(options: Options):
     """Everything, in order; raises ValueError or FileNotFoundError where options, weights or data do not fit."""
     check_precision(options.precision)
-    options = replace(options, micro_batch=micro_batch(options, dist.get_world_size()))
+    share(options, dist.get_world_size())                       # complains before anything takes time
     if options.show_config:
         if dist.get_rank() == 0:
             print(json.dumps(settings_for(options, dist.get_world_size()), indent=2))
@@ -781,7 +789,7 @@ def main():
     try:
         if options.plan:
             options = replace(options, precision="fp16" if options.precision == "fp32" else options.precision)
-            print(plan(replace(options, micro_batch=micro_batch(options, options.gpus))))
+            print(plan(options))
             return
         start()
         run(options)

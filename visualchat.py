@@ -17,12 +17,23 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from llama import Llama, check, read_file, read_json
-from mmca import ATTENTION, IMAGE, PAD, TEXT
+from llama import Cache, Llama, check, read_file, read_json
+from mmca import ATTENTION, IMAGE, TEXT
 from vit import VisionTransformer
 
 IGNORE = -100                   # the label of a position whose prediction nobody scores
 TRAINED, CONFIG = "trained.safetensors", "config.json"      # what a training result consists of
+
+
+def choose(logits: Tensor, temperature: float, top_p: float) -> Tensor:
+    """Ids (B) by logits (B, vocabulary): the likeliest at temperature 0, else drawn from the likeliest tokens that
+    together have the chance top_p.
+    """
+    if temperature == 0:
+        return logits.argmax(-1)
+    chance, ids = (logits.float() / temperature).softmax(-1).sort(descending=True)
+    chance = chance.masked_fill(chance.cumsum(-1) - chance > top_p, 0)              # the first one always stays
+    return ids.gather(-1, chance.multinomial(1))[:, 0]
 
 
 class VisualChat(nn.Module):
@@ -69,46 +80,51 @@ class VisualChat(nn.Module):
             x[places] = self.see(images).flatten(0, 1)      # row after row, left to right: image 1 comes first
         return x
 
-    def score(self, ids: Tensor, kind: Tensor, labels: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
+    def score(self, ids: Tensor, kind: Tensor, labels: Tensor, images: Tensor,
+              lengths: list[int] | None = None) -> tuple[Tensor, Tensor]:
         """For each answer token its loss in float32 and whether it is the likeliest, both (answer tokens).
 
-        ids, kind, labels (B, T), labels IGNORE off the answers; images as in `see`. All answer tokens of a round
-        being the likeliest is the same as greedy decoding giving that answer word for word.
+        ids, kind, labels (B, T), labels IGNORE off the answers; images as in `see`; lengths as in `Llama.forward`.
+        All answer tokens of a round being the likeliest is the same as greedy decoding giving that answer.
         """
-        if len(images):
-            x = self.splice(ids, kind, images)
-        else:       # ZeRO-3 ranks gather weights together, so all must run the same modules: look at a blank
-            x = self.splice(ids, kind, images) + (0 * self.see(images.new_zeros(1, *images.shape[1:]))).sum()
-        hidden = self.llama(x, kind)[:, :-1]                # position t predicts t + 1
-        answer = labels[:, 1:] != IGNORE
-        logits = self.llama.lm_head(hidden[answer]).float() # (answer tokens, vocabulary)
-        target = labels[:, 1:][answer]
-        return F.cross_entropy(logits, target, reduction="none"), logits.argmax(-1) == target
+        x = self.splice(ids, kind, images)
+        if not len(images):     # ZeRO-3 ranks gather weights together, so all must run the same modules: see a blank
+            x = x + (0 * self.see(images.new_zeros(1, *images.shape[1:]))).sum()
+        answer = F.pad(labels[:, 1:] != IGNORE, (0, 1))     # position t predicts t + 1
+        return self.llama.lm_head(self.llama(x, kind, answer, lengths), labels[:, 1:][answer[:, :-1]])
 
-    def forward(self, ids: Tensor, kind: Tensor, labels: Tensor, images: Tensor) -> Tensor:
+    def forward(self, ids: Tensor, kind: Tensor, labels: Tensor, images: Tensor,
+                lengths: list[int] | None = None) -> Tensor:
         """Mean loss over the answer tokens, a float32 scalar; zero where there are none. Shapes as in `score`."""
-        loss, _ = self.score(ids, kind, labels, images)
+        loss, _ = self.score(ids, kind, labels, images, lengths)
         return loss.sum() / max(len(loss), 1)
 
-    @torch.no_grad()
-    def generate(self, ids: Tensor, kind: Tensor, images: Tensor, max_new_tokens: int = 512,
-                 cache: dict | None = None) -> Iterator[Tensor]:
-        """The likeliest next token of every row, again and again: yields ids (B,), and stops at the context's end.
+    def image_kv(self, images: Tensor) -> Tensor:
+        """Images, as in `see`, to the keys and values that LLaMA's layers get from them, as Llama.image_kv."""
+        return self.llama.image_kv(self.see(images).flatten(0, 1))
 
-        ids (B, T) follow what the cache holds; kind (B, S) covers both. The caller decides when to stop: rows end
-        at different times, and under ZeRO-3 all ranks must end together.
+    @torch.no_grad()
+    def generate(self, ids: Tensor, kind: Tensor, images: Tensor | None, lengths: list[int] | None = None,
+                 max_new_tokens: int = 512, cache: Cache | None = None, image_kv: Tensor | None = None,
+                 temperature: float = 0.0, top_p: float = 1.0) -> Iterator[Tensor]:
+        """The next token of every conversation, again and again: yields ids (conversations), to the context's end.
+
+        ids, kind (B, T) and lengths as in `score`, each conversation ending in text, and going on where the cache
+        stands, if one is given. image_kv, from that method, may stand for images. The caller decides when to stop:
+        conversations end at different times, and under ZeRO-3 all ranks must end together.
         """
-        cache = {} if cache is None else cache
-        x = self.splice(ids, kind[:, -ids.shape[1]:], images)
-        hidden = self.llama(x, kind, cache)
-        places = torch.arange(ids.shape[1], device=ids.device)
-        last = (places * (kind[:, -ids.shape[1]:] != PAD)).argmax(dim=1)            # (B,) last without padding
-        hidden = hidden[torch.arange(len(ids), device=ids.device), last]            # (B, C)
-        for _ in range(min(max_new_tokens, self.llama.config.max_position_embeddings - kind.shape[1])):
-            token = self.llama.lm_head(hidden).argmax(-1)                           # (B,)
+        lengths = lengths or [ids.shape[1]] * len(ids)
+        ends = torch.tensor(lengths, device=ids.device).cumsum(0) - 1
+        cache = cache or Cache(self.llama, len(lengths), max(lengths) + max_new_tokens)
+        x = self.llama.embed_tokens(ids) if images is None else self.splice(ids, kind, images)
+        read = torch.zeros_like(kind, dtype=torch.bool).flatten().index_fill(0, ends, True).view_as(kind)
+        hidden = self.llama(x, kind, read, lengths, cache, image_kv)                # (conversations, C)
+        left = self.llama.config.max_position_embeddings - max(map(sum, cache.past))
+        for _ in range(min(max_new_tokens, left)):
+            token = choose(self.llama.lm_head(hidden), temperature, top_p)
             yield token
-            kind = torch.cat((kind, torch.full_like(kind[:, :1], TEXT)), dim=1)
-            hidden = self.llama(self.llama.embed_tokens(token[:, None]), kind, cache)[:, 0]
+            x = self.llama.embed_tokens(token)[None]                                # (1, conversations, C)
+            hidden = self.llama(x, torch.full_like(token, TEXT)[None], None, [1] * len(token), cache)
 
 
 def whole_answers(labels: Tensor, right: Tensor) -> Tensor:
@@ -176,7 +192,7 @@ def build(config: ModelConfig, dtype=torch.float32, device="cpu") -> VisualChat:
         raise ValueError(f"no attention {config.attention!r}; there are {', '.join(ATTENTION)}")
     llama, vit = towers(config)
     return VisualChat(VisionTransformer.from_pretrained(vit, dtype, device),
-                      Llama.from_pretrained(llama, ATTENTION[config.attention], dtype, device))
+                      Llama.from_pretrained(llama, config.attention, dtype, device))
 
 
 def save(folder: Path, trained: dict[str, Tensor], config: ModelConfig):

@@ -12,11 +12,27 @@ from sentencepiece import SentencePieceTrainer
 
 from data import SYSTEM, Round, collate, encode, tensors
 from llama import Llama, LlamaConfig, Tokenizer
+from mmca import IMAGE, TEXT, compact_mmca, layout
 from visualchat import ModelConfig, build, whole_answers
 from vit import IN_CONFIG, PREFIX, VisionConfig, VisionTransformer
 
 VIT = VisionConfig(image_size=16, patch_size=8, width=16, layers=2, heads=2, mlp_width=32, output_dim=128,
                    n_queries=4, grid=2)
+
+
+def compact(q, k, v, kind, past=0):
+    """compact_mmca in the clothes of mmca: takes batches apart and puts them together again, shapes as there."""
+    out = torch.zeros_like(q)
+    for b in range(len(kind)):
+        text, image = kind[b] == TEXT, kind[b] == IMAGE
+        before = int(text[:past].sum()), int(image[:past].sum())
+        (talk,) = layout(kind[b:b + 1, past:], past=[before]).talks
+        (k_text, v_text), (k_image, v_image) = (
+            [x[b:b + 1, :, of_kind] for x in (k, v)] for of_kind in (text, image))
+        query, new = q[b:b + 1, :, text[past:]], image[past:]
+        out[b, :, text[past:]] = compact_mmca(query, (k_text, v_text), (k_image, v_image), talk.runs)[0]
+        out[b, :, new] = v[b, :, past:][:, new].repeat_interleave(q.shape[1] // k.shape[1], dim=0)
+    return out
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -3,6 +3,7 @@ import ast
 import io
 import os
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -11,10 +12,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import chat as program
-from chat import Chat, newest, parse, talk
+from chat import Album, Chat, fingerprint, newest, parse, talk
 from data import Encoded, Round, encode_round, tensors
+from llama import Cache
 from mmca import IMAGE
 from visualchat import TRAINED, save
 
@@ -45,7 +48,7 @@ def from_scratch(chat, answer, files):
     """The last answer's tokens again and the one after them, from the whole history at once."""
     start = len(chat.ids) - len(answer) - 1
     ids, kind = (torch.tensor([values[:start]]) for values in (chat.ids, chat.kind))
-    return [token.item() for token in islice(chat.model.generate(ids, kind, images(files)), len(answer) + 1)]
+    return [token.item() for token in islice(chat.model.generate(ids, kind, images(files) if files else None), len(answer) + 1)]
 
 
 # ---- the cache ----
@@ -65,13 +68,14 @@ def test_answers_equal_those_from_the_whole_history(chat, pictures):
 def test_the_cache_holds_what_a_full_forward_pass_gives(chat, pictures):
     ask(chat, pictures[:2])
     ask(chat, pictures[2:3], 40, pieces=4)
-    ids, kind, whole = torch.tensor([chat.ids]), torch.tensor([chat.kind]), {}
+    ids, kind, whole = torch.tensor([chat.ids]), torch.tensor([chat.kind]), Cache(chat.model.llama, 1, 512)
     with torch.no_grad():
-        chat.model.llama(chat.model.splice(ids, kind, images(pictures[:3])), kind, whole)
-    assert whole.keys() == chat.cache.keys()
-    for layer, pair in chat.cache.items():
-        for ours, full in zip(pair, whole[layer]):
-            torch.testing.assert_close(ours, full[:, :, :chat.cached], atol=1e-4, rtol=0)
+        chat.model.llama(chat.model.splice(ids, kind, images(pictures[:3])), kind, cache=whole)
+    texts, shown = chat.cache.past[0]
+    assert (texts + shown, shown) == (len(chat.ids) - 2, 12)            # the last word and </s> are yet to come
+    torch.testing.assert_close(chat.cache.text[..., :texts, :], whole.text[..., :texts, :], atol=1e-4, rtol=0)
+    for ours, full in zip(chat.cache.image, whole.image):
+        torch.testing.assert_close(ours, full, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("forward", [0, 4], ids=["reading the question", "answering"])
@@ -93,6 +97,68 @@ def test_ctrl_c_in_the_middle_of_a_forward_pass_leaves_a_sound_conversation(chat
     assert answer == from_scratch(chat, answer, files)[:-1] != []
 
 
+def test_answers_under_causal_attention_equal_those_from_the_whole_history(chat, pictures):
+    chat.model.llama.attention = "causal"
+    for files, shown in ((pictures[:2], 2), ([], 2), (pictures[2:3], 3)):
+        answer = ask(chat, files)
+        assert answer == from_scratch(chat, answer, pictures[:shown])[:-1]
+
+
+# ---- the album ----
+
+def passes(model):
+    """What the towers are given from now on, pass by pass: images of the ViT, tokens of LLaMA's layers."""
+    given = {"vit": [], "llama": []}
+    model.vit.register_forward_pre_hook(lambda _, args: given["vit"].append(len(args[0])))
+    model.llama.layers[0].register_forward_pre_hook(lambda _, args: given["llama"].append(len(args[0])))
+    return given
+
+
+def test_a_picture_that_was_seen_costs_no_pass_over_it_in_any_conversation(chat, pictures):
+    first = ask(chat, pictures[:2])
+    given, again = passes(chat.model), chat.again()
+    assert ask(again, pictures[:2]) == first
+    text = len(encode_round(Round(tuple(pictures[:2]), "?"), 0, True, chat.tokenizer, 4).ids) - 2 * 4
+    assert given["vit"] == [] and given["llama"][0] == text and set(given["llama"][1:]) == {1}
+    ask(again, pictures[2:3])
+    assert given["vit"] == [1]
+
+
+def test_pictures_are_kept_on_disk_and_a_damaged_file_is_named(chat, pictures, tmp_path):
+    kept = Chat(chat.model, chat.tokenizer, Album(chat.model, tmp_path / "album"))
+    first = ask(kept, [*pictures[:2], pictures[0]])
+    assert first == ask(chat, [*pictures[:2], pictures[0]]) and len(list((tmp_path / "album").iterdir())) == 2
+    given, later = passes(chat.model), Chat(chat.model, chat.tokenizer, Album(chat.model, tmp_path / "album"))
+    assert ask(later, [*pictures[:2], pictures[0]]) == first and given["vit"] == []
+    for content in (b"nonsense", None):
+        for file in (tmp_path / "album").iterdir():
+            save_file({"image_kv": torch.zeros(3)}, file) if content is None else file.write_bytes(content)
+        again = Chat(chat.model, chat.tokenizer, Album(chat.model, tmp_path / "album"))
+        with pytest.raises(ValueError, match=r"album/[0-9a-f]{64}.safetensors"):
+            ask(again, pictures[:1])
+        assert again.ids == [] and ask(again, [pictures[3 - (content is None)]])
+
+
+def test_the_album_holds_the_newest_pictures(chat, pictures, monkeypatch):
+    monkeypatch.setattr(Album, "NEWEST", 2)
+    chat.album.show(pictures[:3])
+    given = passes(chat.model)
+    chat.album.show(pictures[1:3])
+    assert given["vit"] == []
+    assert chat.album.show(pictures[:3]).shape[2] == 3 * 4 and given["vit"] == [1] * 3  # each pushes out the next
+
+
+def test_another_training_result_or_tower_has_another_fingerprint(overfitted, config, tmp_path):
+    parts = {name: p for name, p in overfitted[2].named_parameters() if p.requires_grad}
+    names = []
+    for folder in ("a", "b", "c"):
+        save(tmp_path / folder, parts if folder != "b" else {name: p + 1 for name, p in parts.items()}, config)
+        names.append(fingerprint(tmp_path / folder, config))
+    assert names[0] == names[2] != names[1]
+    shutil.copytree(config.vit, tmp_path / "vit")
+    assert fingerprint(tmp_path / "a", replace(config, vit=str(tmp_path / "vit"))) != names[0]
+
+
 # ---- images and limits ----
 
 def test_a_later_image_gets_the_next_number(chat, pictures):
@@ -103,8 +169,7 @@ def test_a_later_image_gets_the_next_number(chat, pictures):
 
 
 def state(chat):
-    cache = {layer: k.shape for layer, (k, _) in chat.cache.items()}
-    return list(chat.ids), list(chat.kind), chat.n_images, chat.cached, cache
+    return list(chat.ids), list(chat.kind), chat.n_images, list(chat.cache.past)
 
 
 @pytest.mark.parametrize("content", [None, b"", b"no picture at all"], ids=["absent", "empty", "text"])
@@ -199,8 +264,8 @@ def test_a_bad_line_is_explained_and_the_conversation_goes_on(chat, pictures, tm
     lines = ["", str(b), f"Is {tmp_path}/none.png ?", f"Is {tmp_path}/bad.png ?", "What is it?", "Now?", "/new",
              "Hi?"]
     monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines) + "\n"))
-    talked = []
-    monkeypatch.setattr(program, "Chat", lambda *args: talked.append(Chat(*args)) or talked[-1])
+    talked, again = [], chat.again
+    chat.again = lambda: talked.append(again()) or talked[-1]
     talk(chat, [a])
     out = capsys.readouterr().out
     for text in (f"no picture {tmp_path}/none.png", "bad.png is no readable picture", f"image 2: {b}"):

@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 from io import BytesIO
-from itertools import groupby
+from itertools import combinations, groupby
 from pathlib import Path
 
 import pytest
@@ -17,8 +17,8 @@ from torch.utils.data import DataLoader
 
 import data as data_module
 from data import (RECIPES, SOURCES, SYSTEM, TAGS, Conversation, Conversations, Features, Round, collate, encode,
-                  encode_round, open_picture, order, packed, read, scan, split, tensors)
-from mmca import IMAGE, PAD, TEXT
+                  encode_round, open_picture, order, pack, packed, read, scan, split, tensors)
+from mmca import IMAGE, TEXT
 from visualchat import IGNORE
 from vit import VisionConfig, open_image
 
@@ -496,18 +496,34 @@ def test_a_split_is_a_tenth_and_the_seed_decides_which():
     assert split(list(range(50)), seed=1) == (train, validation) != split(list(range(50)), seed=2)
 
 
-def test_shorter_rows_are_padded_and_images_stay_in_order(tokenizer, pictures):
+def test_a_batch_holds_conversations_one_after_the_other_and_images_in_order(tokenizer, pictures):
     turns = [Round((), "Q?", "A."), Round(tuple(pictures[:2]), "Which?", "This."),
              Round((pictures[2],), "Q?", "A.")]
     encoded = [encode([turn], tokenizer, N) for turn in turns]
     batch = collate([tensors(x, 16) for x in encoded])
-    longest = max(len(x.ids) for x in encoded)
-    for i, x in enumerate(encoded):
-        for name, padding in (("ids", 0), ("kind", PAD), ("labels", IGNORE)):
-            assert batch[name][i].tolist() == getattr(x, name) + [padding] * (longest - len(x.ids))
+    assert batch["lengths"] == [len(x.ids) for x in encoded]
+    for name in ("ids", "kind", "labels"):
+        assert batch[name].tolist() == [sum((getattr(x, name) for x in encoded), [])]
     alone = [tensors(encode([Round((file,), "Q?", "A.")], tokenizer, N), 16)["images"] for file in pictures[:3]]
     assert torch.equal(batch["images"], torch.cat(alone))
-    assert set(batch["kind"].unique().tolist()) == {PAD, TEXT, IMAGE}
+    assert set(batch["kind"].unique().tolist()) == {TEXT, IMAGE}
+
+
+@settings(deadline=None, max_examples=100)
+@given(lengths=st.lists(st.integers(1, 60), min_size=1, max_size=30))
+def test_packing_keeps_every_conversation_whole_and_fills_what_it_can(lengths):
+    rows = [{name: torch.full((length,), i) for name in ("ids", "kind", "labels")}
+            | {"images": torch.full((i % 3, 1), i)} for i, length in enumerate(lengths)]
+    batches = pack(rows, 50)
+    seen = []
+    for batch in batches:
+        assert sum(batch["lengths"]) <= 50 or len(batch["lengths"]) == 1
+        parts = batch["ids"][0].split(batch["lengths"])
+        seen += [(int(part[0]), len(part), len(part.unique())) for part in parts]
+        assert batch["images"][:, 0].tolist() == [i for i, *_ in (seen[-len(parts):]) for _ in range(i % 3)]
+    assert sorted(seen) == [(i, length, 1) for i, length in enumerate(lengths)]
+    fits = [sum(batch["lengths"]) for batch in batches if sum(batch["lengths"]) <= 50]
+    assert all(a + b > 50 for a, b in combinations(fits, 2))            # no two batches could be one
 
 
 @settings(deadline=None, max_examples=100)
@@ -553,7 +569,8 @@ def test_workers_make_the_same_batches(tokenizer, pictures):
     here, there = (list(DataLoader(rows, 2, collate_fn=collate, num_workers=n)) for n in (0, 2))
     assert len(here) == len(there) == 2
     for ours, theirs in zip(here, there):
-        assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+        assert ours.pop("lengths") == theirs.pop("lengths") and ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
 # ---- features, and the check of a folder ----

@@ -6,26 +6,34 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from sentencepiece import SentencePieceTrainer
 
-from llama import LLAMA_2, Llama, LlamaConfig, RMSNorm, Tokenizer
-from mmca import ATTENTION, IMAGE, PAD, TEXT, causal
+from llama import LLAMA_2, Cache, Head, Llama, LlamaConfig, RMSNorm, Tokenizer
+from mmca import ATTENTION, IMAGE, PAD, TEXT
 
 GOLDEN = Path(__file__).parent / "golden"
 TINY = LlamaConfig(48, 80, 2, 4, 2, vocab_size=50)
 MIXED = [PAD, TEXT, TEXT, IMAGE, IMAGE, TEXT, PAD, TEXT, IMAGE, TEXT, TEXT, PAD]
 
-both = pytest.mark.parametrize("attention", ATTENTION.values(), ids=ATTENTION)
+both = pytest.mark.parametrize("attention", ATTENTION)
 
 
-def tiny(attention=causal, config=TINY):
+def tiny(attention="causal", config=TINY):
     torch.manual_seed(0)
     return Llama(config, attention).requires_grad_(False)
 
 
 def text_logits(model, ids):
-    return model.lm_head(model(model.embed_tokens(ids), torch.full_like(ids, TEXT)))
+    return model.lm_head(model(model.embed_tokens(ids), torch.full_like(ids, TEXT))).unflatten(0, ids.shape)
+
+
+def run(model, x, kind, *cache):
+    """Hidden states (B, T, C), zero at padding."""
+    out = torch.zeros_like(x)
+    out[kind != PAD] = model(x, kind, cache=cache[0] if cache else None)
+    return out
 
 
 def same(found, expected):
@@ -55,7 +63,7 @@ def theirs(request, tmp_path_factory):
 def test_logits_match_transformers(theirs):
     model, folder = theirs
     ids = torch.randint(97, (2, 33))
-    same(text_logits(Llama.from_pretrained(folder, causal), ids), model(ids).logits)
+    same(text_logits(Llama.from_pretrained(folder, "causal"), ids), model(ids).logits)
 
 
 def test_parameter_names_are_transformers_names(theirs):
@@ -68,7 +76,7 @@ def test_parameter_names_are_transformers_names(theirs):
 @pytest.mark.parametrize("name", ["llama_mha_open", "llama_gqa_open"])
 def test_golden_logits(name):
     expected = load_file(GOLDEN / name / "expected.safetensors")
-    same(text_logits(Llama.from_pretrained(GOLDEN / name, causal), expected["input_ids"]), expected["logits"])
+    same(text_logits(Llama.from_pretrained(GOLDEN / name, "causal"), expected["input_ids"]), expected["logits"])
 
 
 # ---- forward ----
@@ -77,11 +85,79 @@ def test_golden_logits(name):
 @pytest.mark.parametrize("chunks", [[1] * 12, [5, 7], [3, 1, 8], [11, 1]], ids=str)
 def test_the_cache_equals_the_full_forward(attention, chunks):
     model, x, kind = tiny(attention), torch.randn(2, 12, 48), torch.tensor([MIXED, MIXED[::-1]])
-    cache, parts = {}, []
-    for part in x.split(chunks, dim=1):
-        seen = sum(p.shape[1] for p in parts) + part.shape[1]
-        parts.append(model(part, kind[:, :seen], cache))
-    same(torch.cat(parts, dim=1), model(x, kind))
+    cache = Cache(model, 2, room=12)
+    parts = [run(model, *part, cache) for part in zip(x.split(chunks, dim=1), kind.split(chunks, dim=1))]
+    same(torch.cat(parts, dim=1), run(model, x, kind))
+
+
+def test_a_pass_that_was_interrupted_counts_for_nothing_in_the_cache():
+    model, x, kind = tiny("mmca"), torch.randn(1, 12, 48), torch.tensor([MIXED])
+    cache, before = Cache(model, 1, room=12), run(model, x, kind)
+    run(model, x[:, :5], kind[:, :5], cache)
+    hook = model.layers[1].register_forward_pre_hook(lambda *_: 1 / 0)          # the first layer is in the cache
+    with pytest.raises(ZeroDivisionError):
+        run(model, torch.randn(1, 7, 48), kind[:, 5:], cache)
+    hook.remove()
+    same(run(model, x[:, 5:], kind[:, 5:], cache), before[:, 5:])
+
+
+def test_a_full_cache_is_refused():
+    model = tiny()
+    cache = Cache(model, 1, room=4)
+    run(model, torch.randn(1, 3, 48), torch.full((1, 3), TEXT), cache)
+    with pytest.raises(ValueError, match="5 text tokens, but the cache has room for 4"):
+        run(model, torch.randn(1, 2, 48), torch.full((1, 2), TEXT), cache)
+
+
+def test_keys_and_values_of_an_image_serve_in_every_conversation_and_at_every_place():
+    model, image = tiny("mmca"), torch.randn(3, 48)
+    kv, places = model.image_kv(image), [(0, 4), (2, 2), (4, 0)]
+    for before, after in places:
+        kind = torch.tensor([[TEXT] * before + [IMAGE] * 3 + [TEXT] * after + [IMAGE] * 3 + [TEXT]])
+        x = torch.randn(1, len(kind[0]), 48)
+        x[0, before:before + 3] = x[0, -4:-1] = image
+        x_text = x.masked_fill(kind[..., None] == IMAGE, float("nan"))          # nobody looks at these
+        found = model(x_text, kind, kind == TEXT, image_kv=torch.cat((kv, kv), dim=2))
+        same(found, run(model, x, kind)[kind == TEXT])
+
+
+@both
+def test_conversations_packed_in_one_row_change_nothing(attention):
+    model, kinds = tiny(attention), [[TEXT, IMAGE, TEXT], [TEXT] * 4, MIXED, [TEXT]]
+    kind, x = torch.tensor([sum(kinds, [])]), torch.randn(1, 20, 48)
+    packed = torch.zeros_like(x)
+    packed[kind != PAD] = model(x, kind, lengths=[len(row) for row in kinds])
+    for row, part, found in zip(kinds, *(t.split([len(row) for row in kinds], dim=1) for t in (x, packed))):
+        same(found, run(model, part, torch.tensor([row])))
+
+
+@both
+def test_positions_that_are_read_come_in_order_and_unchanged(attention):
+    model, x, kind = tiny(attention), torch.randn(2, 12, 48), torch.tensor([MIXED, MIXED[::-1]])
+    read = (torch.rand(2, 12) < 0.5) & (kind != PAD)
+    same(model(x, kind, read), run(model, x, kind)[read])
+
+
+@pytest.mark.parametrize("wanted", [0, 1, 600])
+def test_chunked_losses_and_their_gradients_are_cross_entropy_s(wanted):
+    torch.manual_seed(0)
+    head, found = Head(48, 70, bias=False).requires_grad_(False), []
+    hidden, target, weight = torch.randn(wanted, 48), torch.randint(70, (wanted,)), torch.rand(wanted)
+    for chunked in (True, False):
+        x = hidden.clone().requires_grad_()
+        logits = head(x)
+        loss, right = head(x, target) if chunked else (F.cross_entropy(logits, target, reduction="none"),
+                                                       logits.argmax(-1) == target)
+        (loss * weight).sum().backward()
+        found.append((loss, x.grad, right))
+    same(found[0][:2], found[1][:2])
+    assert torch.equal(found[0][2], found[1][2]) and loss.dtype == torch.float32
+
+
+def test_a_head_that_trains_is_no_head_for_chunked_losses():
+    loss, _ = Head(48, 70, bias=False)(torch.randn(3, 48), torch.tensor([1, 2, 3]))
+    with pytest.raises(RuntimeError, match="lm_head is expected to be frozen"):
+        loss.sum().backward()
 
 
 @both
@@ -91,7 +167,7 @@ def test_padding_changes_nothing(attention, places):
     model, x, kind = tiny(attention), torch.randn(1, 6, 48), torch.tensor([[TEXT, IMAGE, IMAGE, TEXT, TEXT, TEXT]])
     padded, padded_kind = torch.randn(1, 10, 48), torch.full((1, 10), PAD)
     padded[:, places], padded_kind[:, places] = x, kind
-    same(model(padded, padded_kind)[:, places], model(x, kind))
+    same(run(model, padded, padded_kind)[:, places], run(model, x, kind))
 
 
 @pytest.mark.parametrize("size, count", [("7b", 6_738_415_616), ("13b", 13_015_864_320), ("70b", 68_976_648_192)])
@@ -117,12 +193,12 @@ def test_rms_norm_does_not_overflow_in_float16():
 
 
 def test_rope_is_precise_at_the_last_position_of_a_float16_model():
-    model, seen = tiny(lambda q, *_, **__: q).half(), []
-    model.layers[0].register_forward_pre_hook(lambda _, args: seen.extend(args))
-    model(torch.randn(1, 1, 48).half(), torch.full((1, 4096), TEXT), {})
+    model, seen = tiny().half(), []
+    model.layers[0].register_forward_pre_hook(lambda _, args: seen.extend((args[1].cos[-1], args[1].sin[-1])))
+    model(torch.randn(1, 4096, 48).half(), torch.full((1, 4096), TEXT), torch.zeros(1, 4096, dtype=torch.bool))
     angle = 4095 * 10000.0 ** -(torch.arange(0, 12, 2, dtype=torch.float64) / 12)
-    for found, expected in zip(seen[2:4], (angle.cos(), angle.sin())):
-        torch.testing.assert_close(found.double().flatten(), expected, atol=1e-3, rtol=0)
+    for found, expected in zip(seen, (angle.cos(), angle.sin())):
+        torch.testing.assert_close(found[0, 6:].double(), expected, atol=1e-3, rtol=0)
 
 
 # ---- folders ----

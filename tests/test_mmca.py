@@ -10,16 +10,17 @@ from hypothesis import given, settings, strategies as st
 from PIL import Image
 from safetensors.torch import load_file
 
+from conftest import compact
 from llama import Llama, LlamaConfig
-from mmca import FIGURE_4, IMAGE, PAD, TEXT, causal, draw, figure_4, fused_mmca, masked_softmax, mmca
+from mmca import FIGURE_4, IMAGE, PAD, TEXT, causal, draw, figure_4, layout, masked_softmax, mmca
 
 ROOT = Path(__file__).parent.parent
 GOLDEN = Path(__file__).parent / "golden"
 MIXED = [PAD, TEXT, IMAGE, IMAGE, TEXT, PAD, TEXT, IMAGE, TEXT, PAD]
 
 
-every = pytest.mark.parametrize("attention", [mmca, fused_mmca, causal])
-forms = pytest.mark.parametrize("attention", [mmca, fused_mmca])
+every = pytest.mark.parametrize("attention", [mmca, compact, causal])
+forms = pytest.mark.parametrize("attention", [mmca, compact])
 layouts = st.lists(st.sampled_from([PAD, TEXT, IMAGE]), min_size=1, max_size=14)
 heads = st.sampled_from([(4, 4), (4, 2), (6, 2), (3, 1)])
 
@@ -72,20 +73,48 @@ def test_equals_a_naive_loop(attention, kinds, heads, seed):
     torch.testing.assert_close(attention(*args).double(), expected, atol=1e-5, rtol=1e-5)
 
 
-@settings(deadline=None, max_examples=200)
-@given(kinds=layouts, heads=heads, seed=st.integers(0, 99), data=st.data())
-def test_the_fused_form_equals_the_written_one_in_values_and_gradients(kinds, heads, seed, data):
-    past = data.draw(st.integers(0, len(kinds) - 1))
-    *qkv, kind = inputs(kinds, *heads, seed=seed)
-    qkv[0] = qkv[0][:, :, past:]
+def equal_in_values_and_gradients(kind, heads, past, seed):
+    """compact against mmca for kind (B, S): 1e-5 in values, 1e-4 in every gradient."""
+    random, (h, h_kv) = torch.Generator().manual_seed(seed), heads
+    b, s = kind.shape
+    qkv = [torch.randn(b, n, length, 8, generator=random) for n, length in ((h, s - past), (h_kv, s), (h_kv, s))]
     found = []
-    for attention in (mmca, fused_mmca):
+    for attention in (mmca, compact):
         leaves = [x.clone().requires_grad_() for x in qkv]
         out = attention(*leaves, kind, past)
         out.square().sum().backward()
         found.append((out, [x.grad for x in leaves]))
     torch.testing.assert_close(found[1][0], found[0][0], atol=1e-5, rtol=0)
     torch.testing.assert_close(found[1][1], found[0][1], atol=1e-4, rtol=0)
+
+
+@settings(deadline=None, max_examples=200)
+@given(rows=st.integers(1, 40).flatmap(lambda n: st.lists(
+    st.lists(st.sampled_from([PAD, TEXT, IMAGE]), min_size=n, max_size=n), min_size=1, max_size=3)),
+    heads=heads, seed=st.integers(0, 99), data=st.data())
+def test_the_compact_form_equals_the_written_one_in_values_and_gradients(rows, heads, seed, data):
+    kind = torch.tensor(rows)
+    equal_in_values_and_gradients(kind, heads, data.draw(st.integers(0, kind.shape[1] - 1)), seed)
+
+
+@pytest.mark.parametrize("kinds", [
+    [IMAGE] * 4 + [TEXT] * 5, [TEXT] * 5 + [IMAGE] * 4, [TEXT, IMAGE, IMAGE, IMAGE, IMAGE, TEXT, TEXT],
+    [TEXT, IMAGE, TEXT, IMAGE, TEXT], [TEXT] * 6, [IMAGE] * 6, [PAD, PAD, TEXT, IMAGE, TEXT],
+    [TEXT, IMAGE, TEXT, PAD, PAD], [TEXT, PAD, IMAGE, PAD, TEXT, TEXT]],
+    ids=["images first", "last", "adjacent", "apart", "none", "alone", "padding left", "right", "between"])
+def test_both_forms_are_equal_for_a_cache_split_at_every_position(kinds):
+    for past in range(len(kinds)):
+        equal_in_values_and_gradients(torch.tensor([kinds]), (4, 2), past, seed=past)
+
+
+def test_the_layout_of_conversations_in_one_row_is_that_of_each_alone():
+    kinds = [[TEXT, IMAGE, IMAGE, TEXT, TEXT], [TEXT] * 3, [TEXT, IMAGE, TEXT, IMAGE, IMAGE, TEXT]]
+    packed = layout(torch.tensor([sum(kinds, [])]), [len(kind) for kind in kinds])
+    alone = [layout(torch.tensor([kind])) for kind in kinds]
+    assert packed.talks == [one.talks[0] for one in alone]
+    position = torch.empty(14, dtype=torch.long).scatter(0, packed.place, packed.position)
+    assert position.tolist() == [place for kind in kinds for place in range(len(kind))]
+    assert packed.talks[2].runs == [(1, 0), (1, 1), (1, 3)] and packed.n_text == 9
 
 
 @every
@@ -97,7 +126,8 @@ def test_future_tokens_do_not_leak(attention, new):
         for x in (q, k, v):
             x[:, :, t] = 50 * torch.randn_like(x[:, :, t])
         kind[:, t] = new
-        assert torch.equal(attention(q, k, v, kind)[:, :, :t], before[:, :, :t])
+        # 1e-6: with fewer text tokens after t, torch's kernel cuts its blocks elsewhere and rounds differently
+        torch.testing.assert_close(attention(q, k, v, kind)[:, :, :t], before[:, :, :t], atol=1e-6, rtol=0)
 
 
 def test_text_before_any_image_is_causal():
@@ -179,10 +209,12 @@ def test_image_hidden_states_depend_on_no_context_and_no_position():
     model = Llama(LlamaConfig(64, 160, 3, 4, 2, vocab_size=10)).eval()
     image, states = torch.randn(4, 64), []
     for start in range(0, 21):
-        x, kind = torch.randn(1, 24, 64), torch.randint(0, 3, (1, 24))
-        x[0, start:start + 4], kind[0, start:start + 4] = image, IMAGE
+        # as many text as image tokens in all, for the reason above
+        x, kind = torch.randn(1, 24, 64), torch.tensor([TEXT, IMAGE] * 10)[torch.randperm(20)]
+        kind = torch.cat((kind[:start], torch.full((4,), IMAGE), kind[start:]))[None]
+        x[0, start:start + 4] = image
         with torch.no_grad():
-            states.append(model(x, kind)[0, start:start + 4])
+            states.append(model(x, kind)[start:start + 4])
     assert all(torch.equal(state, states[0]) for state in states)
 
 

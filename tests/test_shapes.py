@@ -15,7 +15,6 @@ from transformers import LlamaForCausalLM
 import shapes
 from data import SOURCES, TAGS, open_picture, read
 from llama import Llama, Tokenizer
-from mmca import causal
 from vit import VisionTransformer, open_image
 
 WEIGHTS = Path(__file__).parent.parent / "weights/tiny"
@@ -206,9 +205,9 @@ def test_the_shipped_towers_are_small_and_in_half_precision():
 
 def test_transformers_reads_the_shipped_llama():
     theirs = LlamaForCausalLM.from_pretrained(WEIGHTS / "llama", dtype=torch.float32)
-    ours = Llama.from_pretrained(WEIGHTS / "llama", causal, torch.float32)
+    ours = Llama.from_pretrained(WEIGHTS / "llama", "causal", torch.float32)
     ids = torch.randint(0, 300, (2, 30), generator=torch.Generator().manual_seed(0))
-    logits = ours.lm_head(ours(ours.embed_tokens(ids), torch.ones_like(ids)))
+    logits = ours.lm_head(ours(ours.embed_tokens(ids), torch.ones_like(ids))).unflatten(0, ids.shape)
     assert torch.allclose(logits, theirs(ids).logits, atol=1e-4)
 
 

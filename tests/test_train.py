@@ -18,7 +18,7 @@ from PIL import Image
 import shapes
 import train
 from llama import Layer, LlamaConfig, rope_table
-from mmca import IMAGE, TEXT, fused_mmca
+from mmca import IMAGE, TEXT
 from visualchat import load
 
 ROOT = Path(__file__).parent.parent
@@ -86,13 +86,13 @@ def test_ranks_with_unequal_images_and_text_only_batches_end(world, tmp_path):
             turn["value"] = turn["value"].replace("\n<image>", "")
     (tmp_path / "data/other/llava/conversation_58k.json").write_text(json.dumps(records))
     (tmp_path / "all.json").write_text('{"zero_optimization": {"stage3_param_persistence_threshold": 0}}')
-    settings = ["--datasets", "llava_dial", "--batch", "2", "--micro-batch", "1", "--data", "data/other"]
+    settings = ["--datasets", "llava_dial", "--batch", "2", "--data", "data/other"]
     found = losses(tmp_path, "out/uneven", *settings, "--deepspeed-config", str(tmp_path / "all.json"), ranks=2)
     alone = losses(tmp_path, "out/alone", *settings)
     assert len(found) >= 7 and found == pytest.approx(alone, abs=1e-3)
 
 
-@pytest.mark.parametrize("options", [["--zero", "0"], ["--zero", "2"], ["--micro-batch", "4"]])
+@pytest.mark.parametrize("options", [["--zero", "0"], ["--zero", "2"], ["--zero", "1", "--positions", "400"]])
 def test_stage_and_accumulation_do_not_change_the_losses(world, reference, options):
     assert losses(world, "out/other", *options) == pytest.approx(reference, abs=1e-3)
 
@@ -348,18 +348,11 @@ def test_the_schedule_rises_for_a_tenth_and_falls_to_zero():
     assert shares[110] == pytest.approx(0.5)
 
 
-@pytest.mark.parametrize("ranks, batch, wanted, found",
-                         [(1, 16, 0, 16), (2, 16, 0, 8), (3, 48, 0, 16), (1, 40, 0, 10), (2, 16, 4, 4)])
-def test_micro_batches_make_up_the_batch(ranks, batch, wanted, found):
-    options = train.for_size(train.Options(batch=batch, micro_batch=wanted))
-    assert train.micro_batch(options, ranks) == found
-    config = train.settings_for(replace(options, micro_batch=found), ranks)
-    assert batch == found * ranks * config["gradient_accumulation_steps"]
-
-
-def test_a_batch_that_ranks_cannot_share_is_refused():
-    with pytest.raises(ValueError, match="another --batch"):
-        train.micro_batch(train.for_size(train.Options(batch=16)), 3)
+def test_ranks_share_the_batch_or_say_what_they_could():
+    options = train.for_size(train.Options(batch=16))
+    assert train.share(options, 2) == train.settings_for(options, 2)["train_micro_batch_size_per_gpu"] == 8
+    with pytest.raises(ValueError, match="--batch 16 cannot be shared by 3 ranks: take a multiple of 3"):
+        train.share(options, 3)
 
 
 def test_fp16_is_refused_where_the_machine_lacks_it(monkeypatch):

@@ -11,8 +11,9 @@ from hypothesis import given, settings, strategies as st
 from safetensors.torch import load_file, save_file
 
 from data import collate
+from llama import Cache
 from mmca import IMAGE, TEXT
-from visualchat import (CONFIG, IGNORE, TRAINED, ModelConfig, build, find, load, readable, save, towers,
+from visualchat import (CONFIG, IGNORE, TRAINED, ModelConfig, build, choose, find, load, readable, save, towers,
                         whole_answers)
 
 NAMES = {"projection.weight", "projection.bias", "llama.embed_tokens.weight"}
@@ -52,8 +53,8 @@ def test_image_1_is_in_the_first_slot_and_swapping_images_swaps_exactly_the_slot
 def test_images_land_in_their_own_rows_and_words_keep_their_embeddings(model, rows):
     batch = collate(rows)
     x, words = splice(model, batch), batch["kind"] == TEXT
-    for row, found in zip(rows, x):
-        same(found[:len(row["ids"])], splice(model, collate([row]))[0])
+    for row, found in zip(rows, x[0].split(batch["lengths"])):
+        same(found, splice(model, collate([row]))[0])
     assert torch.equal(x[words], model.llama.embed_tokens.weight[batch["ids"][words]])
 
 
@@ -156,24 +157,24 @@ def test_all_tokens_likeliest_means_that_greedy_decoding_gives_the_answer(overfi
 
 # ---- generating ----
 
-def generate(model, batch, *options):
-    return model.generate(batch["ids"], batch["kind"], batch["images"], *options)
+def generate(model, batch, *options, **more):
+    return model.generate(batch["ids"], batch["kind"], batch["images"], batch["lengths"], *options, **more)
 
 
-def generated(model, batch, *options):
-    return torch.stack(list(generate(model, batch, *options)), dim=1)
+def generated(model, batch, *options, **more):
+    return torch.stack(list(generate(model, batch, *options, **more)), dim=1)
 
 
 def questions(rows):
-    """The rows up to their first answer, where the model goes on, as a padded batch."""
+    """The rows up to their first answer, where the model goes on, as a batch."""
     return collate([cut(row, answers(row)[0][0]) for row in rows])
 
 
 def from_scratch(model, row, n):
     """n likeliest tokens, each from a forward pass over everything before it."""
-    ids, kind, _, images = questions([row]).values()
+    ids, kind, _, images, _ = questions([row]).values()
     for _ in range(n):
-        token = model.llama.lm_head(model.llama(model.splice(ids, kind, images), kind)[:, -1:]).argmax(-1)
+        token = model.llama.lm_head(model.llama(model.splice(ids, kind, images), kind)[None, -1:]).argmax(-1)
         ids, kind = torch.cat((ids, token), dim=1), torch.cat((kind, torch.full_like(token, TEXT)), dim=1)
     return ids[0, -n:]
 
@@ -192,12 +193,31 @@ def test_the_caller_can_stop_and_the_context_ends(model, rows):
 
 
 def test_two_rounds_with_one_cache_equal_the_whole_at_once(model, rows):
-    first, second, cache = questions([rows[0], rows[2]]), questions([rows[2], rows[3]]), {}
-    said = generated(model, first, 5, cache)                # row 0 begins with two images, row 1 gets one later
-    ids = torch.cat((first["ids"], said, second["ids"]), dim=1)
-    kind = torch.cat((first["kind"], torch.full_like(said, TEXT), second["kind"]), dim=1)
-    whole = {"ids": ids, "kind": kind, "images": torch.cat((first["images"], second["images"]))}
-    assert torch.equal(generated(model, second | {"kind": kind}, 6, cache), generated(model, whole, 6))
+    first, second, cache = questions([rows[0], rows[2]]), questions([rows[2], rows[3]]), Cache(model.llama, 2, 200)
+    said = generated(model, first, 5, cache=cache)          # row 0 begins with two images, row 1 gets one later
+    found = generated(model, second, 6, cache=cache)
+    parts = [{**cut(row, answers(row)[0][0]), "said": tokens} for row, tokens in zip((rows[0], rows[2]), said)]
+    whole = [{"ids": torch.cat((part["ids"], part["said"], new["ids"])), "labels": part["labels"],
+              "kind": torch.cat((part["kind"], torch.full_like(part["said"], TEXT), new["kind"])),
+              "images": torch.cat((part["images"], new["images"]))}
+             for part, new in zip(parts, (cut(row, answers(row)[0][0]) for row in (rows[2], rows[3])))]
+    assert torch.equal(found, generated(model, collate(whole), 6))
+
+
+def test_keys_and_values_made_once_stand_for_the_images(model, rows):
+    batch = questions(rows)
+    ids, kind, lengths = batch["ids"], batch["kind"], batch["lengths"]
+    found = model.generate(ids, kind, None, lengths, 8, image_kv=model.image_kv(batch["images"]))
+    assert torch.equal(torch.stack(list(found), dim=1), generated(model, batch, 8))
+
+
+def test_sampling_draws_from_the_likeliest_tokens_by_their_chances():
+    torch.manual_seed(0)
+    logits = torch.tensor([0.5, 0.1, 0.3, 0.1]).log().expand(20_000, 4)
+    for temperature, top_p, expected in ((0, 1, [1, 0, 0, 0]), (1, 1, [.5, .1, .3, .1]), (1, .6, [.625, 0, .375, 0]),
+                                         (.5, 1, [25 / 36, 1 / 36, 9 / 36, 1 / 36]), (1, .001, [1, 0, 0, 0])):
+        share = choose(logits, temperature, top_p).bincount(minlength=4) / len(logits)
+        assert share.tolist() == pytest.approx(expected, abs=0.015)
 
 
 # ---- folders ----
