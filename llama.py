@@ -12,6 +12,7 @@ import json
 import pickle
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,7 +22,7 @@ from sentencepiece import SentencePieceProcessor
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from mmca import ATTENTION, IMAGE, PAD, Layout, compact_mmca, layout
+from mmca import ATTENTION, IMAGE, PAD, Layout, attend, compact_mmca, layout
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,13 @@ class Cache:
         self.text = like.new_empty(config.num_hidden_layers, conversations, 2, heads, room, head_dim)
         self.image = [[like.new_empty(2, heads, 0, head_dim)] * conversations for _ in llama.layers]
         self.past, self.room = [(0, 0)] * conversations, room           # text and image tokens that are in
+        everywhere = torch.arange(config.max_position_embeddings, device=like.device)
+        self.table = rope_table(everywhere, head_dim, config.rope_theta)
+
+    def expect(self, texts: list[int]):
+        """Raises ValueError where there is no room for so many more text tokens of each conversation."""
+        if (most := max(before + new for (before, _), new in zip(self.past, texts))) > self.room:
+            raise ValueError(f"{most} text tokens, but the cache has room for {self.room}")
 
     def extend(self, layer: int, row: int, text: tuple[Tensor, Tensor], image: tuple[Tensor, Tensor]):
         """Add the keys and values (1, H_kv, tokens, D) of new tokens; returns those of all, text and image.
@@ -127,22 +135,15 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(width, width, bias=False)
 
     def forward(self, x: Tensor, scene: Scene, layer: int, read: Tensor | None) -> Tensor:
-        talks, n = scene.layout.talks, scene.layout.n_text
+        n = scene.layout.n_text
         q, k, v = (proj(rows).unflatten(-1, (-1, self.head_dim))                          # (N, H or H_kv, D)
                    for proj, rows in ((self.q_proj, x[:n]), (self.k_proj, x), (self.v_proj, x)))
         own = v[n:].repeat_interleave(q.shape[1] // k.shape[1], dim=1)                    # image tokens' output
         if scene.image_kv is not None:
             k, v = (torch.cat(pair) for pair in zip((k, v), scene.image_kv[layer]))
         q, k = rotate(q, scene.cos[:n], scene.sin[:n]), rotate(k, scene.cos, scene.sin)
-        texts, images = [talk.text for talk in talks], [talk.image for talk in talks]
-        k, v = (x.transpose(0, 1)[None].split(texts + images, dim=2) for x in (k, v))     # (1, H_kv, ·, D) each
-        out = []
-        for row, query in enumerate(q.transpose(0, 1)[None].split(texts, dim=2)):         # (1, H, T, D)
-            text, image = (k[row], v[row]), (k[row + len(talks)], v[row + len(talks)])
-            if scene.cache:
-                text, image = scene.cache.extend(layer, row, text, image)
-            out.append(compact_mmca(query, text, image, talks[row].runs)[0].transpose(0, 1))    # (T, H, D)
-        out = torch.cat((*out, own)).flatten(1)                                           # (N, C)
+        extend = scene.cache and partial(scene.cache.extend, layer)
+        out = torch.cat((compact_mmca(q, k, v, scene.layout, extend), own)).flatten(1)    # (N, C)
         return self.o_proj(out if read is None else out[read])
 
 
@@ -182,19 +183,21 @@ class Scores(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        parts, gradients = [], []
+        losses, hits, gradients = [], [], []
         for rows, wanted in zip(hidden.split(CHUNK), target.split(CHUNK)):
             logits = (rows @ weight.T).float()                                  # (CHUNK, vocabulary)
-            loss = F.cross_entropy(logits, wanted, reduction="none")
-            parts.append((loss, logits.argmax(-1) == wanted))
+            best, likeliest = logits.max(dim=-1)
+            chance, at = logits.softmax(dim=-1), wanted[:, None]
+            # log Σ exp(logits) = best - log chance(best), and that chance is never too small for its logarithm
+            losses.append(best - chance.gather(1, likeliest[:, None])[:, 0].log() - logits.gather(1, at)[:, 0])
+            hits.append(likeliest == wanted)
             if ctx.needs_input_grad[0]:
-                chance = logits.softmax(-1)
-                chance[torch.arange(len(wanted)), wanted] -= 1                  # the gradient of the logits
+                chance.scatter_add_(1, at, torch.full_like(at, -1, dtype=chance.dtype))     # gradient of the logits
                 gradients.append(chance.to(weight.dtype) @ weight)
-        loss, right = (torch.cat(part) for part in zip(*parts))
+        right = torch.cat(hits)
         ctx.save_for_backward(*gradients)
         ctx.mark_non_differentiable(right)
-        return loss, right
+        return torch.cat(losses), right
 
     @staticmethod
     def backward(ctx, of_loss: Tensor, _) -> tuple[Tensor, None, None]:
@@ -351,13 +354,37 @@ class Llama(nn.Module):
         """
         kind = ATTENTION[self.attention](kind)
         where = layout(kind, lengths, cache and cache.past)
-        if cache and (most := max(past + talk.text for (past, _), talk in zip(cache.past, where.talks))) > cache.room:
-            raise ValueError(f"{most} text tokens, but the cache has room for {cache.room}")
+        if cache:
+            cache.expect([talk.text for talk in where.talks])
         place = where.place if image_kv is None else where.place[:where.n_text]
         row = torch.empty(kind.numel(), dtype=torch.long, device=kind.device)       # of each position among the N
         row[where.place] = torch.arange(len(where.place), device=kind.device)
         read = row[(kind != PAD if read is None else read).flatten()]
         return self.through_layers(x.flatten(0, 1).index_select(0, place), where, read, cache, image_kv)
+
+    @torch.no_grad()
+    def step(self, x: Tensor, cache: Cache) -> Tensor:
+        """The next text token x (1, C) of the only conversation in a cache, to its hidden state (1, C).
+
+        It is what `forward` gives, in as few operations as possible: for a single token, starting one takes longer
+        than doing it, and a vector times a matrix reads memory faster than a matrix of one row.
+        """
+        cache.expect([1])
+        (n_text, n_image), head_dim = cache.past[0], cache.text.shape[-1]
+        cos, sin = (table[n_text + n_image] for table in cache.table)                   # (1, D)
+        x = x[0]                                                                        # (C)
+        for layer, (keys, values), (image,) in zip(self.layers, cache.text[:, 0], cache.image):
+            attn, normed = layer.self_attn, layer.input_layernorm(x)
+            q, k, v = (proj(normed).view(-1, head_dim) for proj in (attn.q_proj, attn.k_proj, attn.v_proj))   # (H, D)
+            keys[:, n_text], values[:, n_text] = rotate(k, cos, sin), v
+            q = rotate(q, cos, sin)[None, :, None]                                      # (1, H, 1, D)
+            out = attend(q, keys[None, :, :n_text + 1], values[None, :, :n_text + 1])
+            if n_image:
+                out = out + attend(q, *image[:, None, :, :n_image])
+            x = x + attn.o_proj(out.flatten())
+            x = x + layer.mlp(layer.post_attention_layernorm(x))
+        cache.past = [(n_text + 1, n_image)]
+        return self.norm(x)[None]
 
     @torch.no_grad()
     def image_kv(self, x: Tensor) -> Tensor:

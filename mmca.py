@@ -12,6 +12,7 @@ Shapes, in every file: B batch, T queries, S keys (S = past + T), H heads, D hea
 N images, P patches.
 """
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -118,8 +119,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, **which) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[1] != k.shape[1], **which)
 
 
-def compact_mmca(q: Tensor, text: tuple[Tensor, Tensor], image: tuple[Tensor, Tensor], runs: list) -> Tensor:
-    """What `mmca` gives the text tokens of one conversation; its image tokens get their own values.
+def look_back(q: Tensor, text: tuple[Tensor, Tensor], image: tuple[Tensor, Tensor], runs: list) -> Tensor:
+    """Both softmaxes for the text of one conversation.
 
     q (1, H, T, D) of the new text; keys and values of text (1, H_kv, S, D) and of image tokens (1, H_kv, I, D), the
     past included; runs as in Talk. Returns (1, H, T, D).
@@ -132,6 +133,24 @@ def compact_mmca(q: Tensor, text: tuple[Tensor, Tensor], image: tuple[Tensor, Te
     parts = [attend(part, *(x[:, :, :seen] for x in image)) if seen else torch.zeros_like(part)
              for part, (_, seen) in zip(q.split([count for count, _ in runs], dim=2), runs)]
     return out + torch.cat(parts, dim=2)
+
+
+def compact_mmca(q: Tensor, k: Tensor, v: Tensor, layout: Layout, extend: Callable | None = None) -> Tensor:
+    """What `mmca` gives the text of all conversations, (n_text, H, D); image tokens get their own values.
+
+    q (n_text, H, D) and k, v (N, H_kv, D) of the new tokens, q and k after RoPE, all as `layout` has them. extend: what
+    a KV cache makes of a conversation's new keys and values, of text and of image tokens: those of its past, too.
+    """
+    texts, images = [talk.text for talk in layout.talks], [talk.image for talk in layout.talks]
+    q, k, v = (x.transpose(0, 1)[None].split(sizes, dim=2)                      # of (1, H, tokens, D)
+               for x, sizes in ((q, texts), (k, texts + images), (v, texts + images)))
+    out = []
+    for row, (talk, query) in enumerate(zip(layout.talks, q)):
+        text, image = ((k[i], v[i]) for i in (row, row + len(texts)))
+        if extend:
+            text, image = extend(row, text, image)
+        out.append(look_back(query, text, image, talk.runs)[0].transpose(0, 1))
+    return torch.cat(out)
 
 
 def all_text(kind: Tensor) -> Tensor:

@@ -123,8 +123,9 @@ class VisualChat(nn.Module):
         for _ in range(min(max_new_tokens, left)):
             token = choose(self.llama.lm_head(hidden), temperature, top_p)
             yield token
-            x = self.llama.embed_tokens(token)[None]                                # (1, conversations, C)
-            hidden = self.llama(x, torch.full_like(token, TEXT)[None], None, [1] * len(token), cache)
+            x = self.llama.embed_tokens(token)                                      # (conversations, C)
+            hidden = (self.llama.step(x, cache) if len(token) == 1 else
+                      self.llama(x[None], torch.full_like(token, TEXT)[None], None, [1] * len(token), cache))
 
 
 def whole_answers(labels: Tensor, right: Tensor) -> Tensor:

@@ -22,17 +22,19 @@ VIT = VisionConfig(image_size=16, patch_size=8, width=16, layers=2, heads=2, mlp
 
 def compact(q, k, v, kind, past=0):
     """compact_mmca in the clothes of mmca: takes batches apart and puts them together again, shapes as there."""
-    out = torch.zeros_like(q)
-    for b in range(len(kind)):
-        text, image = kind[b] == TEXT, kind[b] == IMAGE
-        before = int(text[:past].sum()), int(image[:past].sum())
-        (talk,) = layout(kind[b:b + 1, past:], past=[before]).talks
-        (k_text, v_text), (k_image, v_image) = (
-            [x[b:b + 1, :, of_kind] for x in (k, v)] for of_kind in (text, image))
-        query, new = q[b:b + 1, :, text[past:]], image[past:]
-        out[b, :, text[past:]] = compact_mmca(query, (k_text, v_text), (k_image, v_image), talk.runs)[0]
-        out[b, :, new] = v[b, :, past:][:, new].repeat_interleave(q.shape[1] // k.shape[1], dim=0)
-    return out
+    before = [(int((row == TEXT).sum()), int((row == IMAGE).sum())) for row in kind[:, :past]]
+    where = layout(kind[:, past:], past=before)
+
+    def extend(row, *new):
+        """The past's keys and values before the new ones, as a KV cache has them."""
+        return [[torch.cat((x[row:row + 1, :, :past][:, :, kind[row, :past] == of_kind], part), dim=2)
+                 for x, part in zip((k, v), pair)] for of_kind, pair in zip((TEXT, IMAGE), new)]
+
+    flat_q, flat_k, flat_v = (x[:, :, -q.shape[2]:].transpose(1, 2).flatten(0, 1)[where.place] for x in (q, k, v))
+    text = compact_mmca(flat_q[:where.n_text], flat_k, flat_v, where, extend if past else None)
+    own = flat_v[where.n_text:].repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+    out = torch.zeros_like(q.transpose(1, 2)).flatten(0, 1).index_put((where.place,), torch.cat((text, own)))
+    return out.unflatten(0, (len(kind), -1)).transpose(1, 2)
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -101,6 +101,18 @@ def test_a_pass_that_was_interrupted_counts_for_nothing_in_the_cache():
     same(run(model, x[:, 5:], kind[:, 5:], cache), before[:, 5:])
 
 
+@both
+@pytest.mark.parametrize("kinds", [[TEXT] * 4, [TEXT, IMAGE, IMAGE, TEXT, TEXT, IMAGE, TEXT]], ids=["text", "images"])
+def test_a_single_step_is_a_forward_pass(attention, kinds):
+    model, x, kind = tiny(attention), torch.randn(1, len(kinds) + 3, 48), torch.tensor([kinds + [TEXT] * 3])
+    cache = Cache(model, 1, room=int((ATTENTION[attention](kind) == TEXT).sum()))
+    run(model, x[:, :-3], kind[:, :-3], cache)
+    found = [model.step(x[:, i], cache)[0] for i in range(len(kinds), len(kind[0]))]
+    same(torch.stack(found), run(model, x, kind)[0, -3:])
+    with pytest.raises(ValueError, match="room for"):
+        model.step(x[:, 0], cache)
+
+
 def test_a_full_cache_is_refused():
     model = tiny()
     cache = Cache(model, 1, room=4)
