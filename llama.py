@@ -370,14 +370,14 @@ class Llama(nn.Module):
         than doing it, and a vector times a matrix reads memory faster than a matrix of one row.
         """
         cache.expect([1])
-        (n_text, n_image), head_dim = cache.past[0], cache.text.shape[-1]
+        (n_text, n_image), heads, head_dim = cache.past[0], self.config.num_attention_heads, cache.text.shape[-1]
         cos, sin = (table[n_text + n_image] for table in cache.table)                   # (1, D)
         x = x[0]                                                                        # (C)
         for layer, (keys, values), (image,) in zip(self.layers, cache.text[:, 0], cache.image):
             attn, normed = layer.self_attn, layer.input_layernorm(x)
-            q, k, v = (proj(normed).view(-1, head_dim) for proj in (attn.q_proj, attn.k_proj, attn.v_proj))   # (H, D)
-            keys[:, n_text], values[:, n_text] = rotate(k, cos, sin), v
-            q = rotate(q, cos, sin)[None, :, None]                                      # (1, H, 1, D)
+            qk = rotate(torch.cat((attn.q_proj(normed), attn.k_proj(normed))).view(-1, head_dim), cos, sin)
+            keys[:, n_text], values[:, n_text] = qk[heads:], attn.v_proj(normed).view(-1, head_dim)
+            q = qk[None, :heads, None]                                                  # (1, H, 1, D)
             out = attend(q, keys[None, :, :n_text + 1], values[None, :, :n_text + 1])
             if n_image:
                 out = out + attend(q, *image[:, None, :, :n_image])

@@ -46,7 +46,7 @@ from deepspeed.utils import logger, safe_get_full_fp32_param
 import shapes
 from data import (COCO, DIALOGUE, RECIPES, SOURCES, Conversations, Features, Reader, collate, encode, llava, order,
                   pack, read, split, tensors)
-from llama import LLAMA_2, Layer, LlamaConfig, Tokenizer, read_json
+from llama import CHUNK, LLAMA_2, Layer, LlamaConfig, Tokenizer, read_json
 from mmca import ATTENTION
 from visualchat import (IGNORE, REPOSITORIES, ModelConfig, VisualChat, build, readable, save, towers,
                         whole_answers)
@@ -186,6 +186,12 @@ def share(options: Options, ranks: int) -> int:
     return options.batch // ranks
 
 
+def factors(options: Options, ranks: int) -> str:
+    """How a batch comes about, in words."""
+    return (f"batch {options.batch} = {ranks} ranks x {share(options, ranks)} conversations, packed into at most "
+            f"{options.positions} positions at a time")
+
+
 def settings_for(options: Options, ranks: int) -> dict:
     """DeepSpeed's settings, with those of --deepspeed-config laid over them."""
     values = counts(*sizes(options.size))
@@ -289,20 +295,19 @@ def memory(options: Options, llama: LlamaConfig, vit: VisionConfig, gpus: int) -
     """Bytes that one of `gpus` GPUs holds at the height of a step, by what they are for.
 
     Frozen weights need no inputs for a gradient of theirs, so of each layer and position the backward pass wants
-    only what the other operations need: both norms' inputs in float32; q, k, v (k and v repeated for each head and
-    softmax, where heads share them), two outputs of attention, one per softmax, and two masks; SwiGLU's gate, its
-    SiLU, and what that is multiplied with. DeepSpeed's linear layers under ZeRO-3 keep their inputs, too.
+    only what the other operations need: both norms' inputs in float32; q, k, v and two outputs of attention, one per
+    softmax; SwiGLU's gate, its SiLU, and what that is multiplied with. DeepSpeed's linear layers under ZeRO-3 keep
+    their inputs, too. All positions count as text here; image tokens need less.
     """
-    values, width, rows = counts(llama, vit), 4 if options.precision == "fp32" else 2, options.micro_batch
+    values, width = counts(llama, vit), 4 if options.precision == "fp32" else 2
     weights, gradients, masters = (gpus if options.zero >= stage else 1 for stage in (3, 2, 1))
     on_gpu = not (options.offload and options.zero == 3)
-    key_values = 2 if llama.num_key_value_heads == llama.num_attention_heads else 4
-    position = 8 * llama.hidden_size + width * ((3 + key_values) * llama.hidden_size + 3 * llama.intermediate_size
-                                                + 2 * options.length)
+    key_values = 2 * llama.num_key_value_heads / llama.num_attention_heads
+    position = 8 * llama.hidden_size + width * ((3 + key_values) * llama.hidden_size + 3 * llama.intermediate_size)
     if options.zero == 3:
         position += width * (3 * llama.hidden_size + llama.intermediate_size)
-    layer = rows * options.length * position
-    inputs = rows * options.length * llama.hidden_size * width * llama.num_hidden_layers
+    layer = options.positions * position
+    inputs = options.positions * llama.hidden_size * width * llama.num_hidden_layers
     return {
         "frozen weights": width * values["frozen"] / weights * on_gpu,
         "trained weights": width * values["trained"] / weights * on_gpu,
@@ -311,7 +316,7 @@ def memory(options: Options, llama: LlamaConfig, vit: VisionConfig, gpus: int) -
         # What may be live (see settings_for), and lm_head, which is as large as the embedding, on top of it.
         "gathered": width * 2 * (values["layer"] + values["embedding"]) * (options.zero == 3),
         "activations": layer + inputs if options.recompute else layer * llama.num_hidden_layers,
-        "logits": rows * options.length / 3 * llama.vocab_size * (width + 12),  # 12: three more in float32
+        "logits": CHUNK * llama.vocab_size * (2 * width + 8),               # two in float32, two in the precision
     }
 
 
@@ -333,15 +338,13 @@ def plan(options: Options) -> str:
     steps = samples // options.batch * options.epochs
     positions = steps * options.batch * options.length
     llama_values = values["frozen"] - values["vit"]
-    accumulation = options.batch // (options.micro_batch * options.gpus)
     return "\n".join([
-        f"{options.size}: {readable(values['trained'])} trained, {readable(values['frozen'])} frozen; batch "
-        f"{options.batch} = {options.gpus} GPUs x {options.micro_batch} conversations x {accumulation} times",
-        "", *lines, "",
+        f"{options.size}: {readable(values['trained'])} trained, {readable(values['frozen'])} frozen",
+        factors(options, options.gpus), "", *lines, "",
         f"{', '.join(names)}:", f"{samples:,} conversations by the paper's count, {options.epochs} epochs: "
-        f"{steps:,} steps of {options.batch} conversations with {options.length} positions,",
-        f"{4 * llama_values * positions:.2e} FLOPs in LLaMA's matrices: per value and position 2 forward and 2 "
-        "backward,", "since frozen weights get no gradient; with --recompute 2 more"])
+        f"{steps:,} steps of {options.batch} conversations with {options.length} positions (--length),",
+        f"{positions:.2e} positions, {4 * llama_values * positions:.2e} FLOPs in LLaMA's matrices: per value and "
+        "position 2 forward and 2 backward,", "since frozen weights get no gradient; with --recompute 2 more"])
 
 
 # ---- checkpoints: what it takes to go on as if nothing had happened ----
@@ -622,9 +625,8 @@ def prepare(options: Options) -> tuple[VisualChat, ModelConfig, Tokenizer]:
     summary = model.freeze()
     if dist.get_rank() == 0:
         print(f"{summary}; {options.attention}, ZeRO-{options.zero}, {options.precision}, "
-              f"ranks: {dist.get_world_size()}\nbatch {options.batch} = {dist.get_world_size()} ranks x "
-              f"{share(options, dist.get_world_size())} conversations, packed into at most {options.positions} positions "
-              "at a time")
+              f"ranks: {dist.get_world_size()}")
+        print(factors(options, dist.get_world_size()))
     return model, config, Tokenizer(towers(config)[0])
 
 

@@ -17,8 +17,8 @@ from PIL import Image
 
 import shapes
 import train
-from llama import Layer, LlamaConfig, rope_table
-from mmca import IMAGE, TEXT
+from llama import Layer, LlamaConfig, Scene, rope_table
+from mmca import IMAGE, TEXT, layout
 from visualchat import load
 
 ROOT = Path(__file__).parent.parent
@@ -307,22 +307,23 @@ def test_the_share_of_what_cards_can_do():
 @pytest.mark.parametrize("key_value_heads", [8, 2])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_the_plan_counts_what_a_layer_keeps_for_the_backward_pass(precision, key_value_heads):
-    length, dtype = 512, train.DTYPES[precision]
+    length, dtype = 1024, train.DTYPES[precision]
     sizes = LlamaConfig(256, 704, 1, 8, key_value_heads, vocab_size=100)
-    layer = Layer(sizes, fused_mmca).to(dtype).requires_grad_(False)
-    x = torch.randn(2, length, 256, dtype=dtype, requires_grad=True)
-    kind = torch.full((2, length), TEXT)
-    kind[:, 8:264] = IMAGE
-    own, kept = {t.untyped_storage().data_ptr() for t in layer.parameters()}, {}
+    layer = Layer(sizes).to(dtype).requires_grad_(False)
+    x = torch.randn(length, 256, dtype=dtype, requires_grad=True)
+    where = layout(torch.tensor([[TEXT] * 8 + [IMAGE] * 16 + [TEXT] * (length - 24)]))
+    scene = Scene(where, *rope_table(where.position, 32, 1e4), None, None)
+    own = {t.untyped_storage().data_ptr() for t in (*layer.parameters(), scene.cos, scene.sin)}
+    kept = {}
 
     def keep(tensor):
         kept[tensor.untyped_storage().data_ptr()] = tensor          # held: no address serves twice
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        y = layer(x, kind, *rope_table(torch.arange(length)[None].expand(2, -1), 32, 1e4), None)
+        y = layer(x, scene, 0)
     found = sum(t.untyped_storage().nbytes() for place, t in kept.items() if place not in own)
-    options = train.Options(precision=precision, micro_batch=2, length=length, zero=0)
+    options = train.Options(precision=precision, positions=length, zero=0)
     assert y.requires_grad
     assert train.memory(options, sizes, shapes.VIT, 1)["activations"] == pytest.approx(found, rel=0.05)
 
