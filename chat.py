@@ -50,40 +50,48 @@ class Album:
     def __init__(self, model: VisualChat, folder: Path | None = None):
         self.model, self.folder, self.pages = model, folder, {}
 
-    def read(self, digest: str) -> Tensor | None:
-        """From the folder, if it is there; raises ValueError where the file holds something else."""
-        if not self.folder or not (file := self.folder / f"{digest}.safetensors").exists():
-            return None
+    def find(self, picture: Path) -> Tensor | None:
+        """Keys and values as Llama.image_kv, (layers, 2, n_queries, H_kv, D); None for a picture that is new.
+
+        Raises ValueError where the folder's file of it holds something else.
+        """
+        digest = hashlib.sha256(picture.read_bytes()).hexdigest()
+        if digest in self.pages or not self.folder or not (file := self.folder / f"{digest}.safetensors").exists():
+            return self.pages.get(digest)
         found, llama = read_file(file).get("image_kv", torch.empty(0)), self.model.llama.config
         expected = (llama.num_hidden_layers, 2, self.model.vit.config.n_queries, llama.num_key_value_heads,
                     llama.hidden_size // llama.num_attention_heads)
         if found.shape != expected:
             raise ValueError(f"{file} holds {tuple(found.shape)} instead of keys and values {expected}: delete it")
-        return found.to(self.model.projection.weight)
+        self.pages[digest] = found.to(self.model.projection.weight)
+        return self.pages[digest]
 
-    @torch.no_grad()
-    def look(self, digest: str, picture: Path) -> Tensor:
-        """Run ViT, projection and LLaMA on a picture, and keep what comes out; raises as open_image does."""
-        image = pixels(open_image(picture), self.model.vit.config.image_size)[None]
-        found = self.model.image_kv(image.to(self.model.projection.weight.device))
+    def add(self, picture: Path, image_kv: Tensor):
+        """Keep what `find` then finds."""
+        digest = hashlib.sha256(picture.read_bytes()).hexdigest()
+        self.pages[digest] = image_kv
+        self.pages = dict(list(self.pages.items())[-self.NEWEST:])
         if self.folder:
             self.folder.mkdir(parents=True, exist_ok=True)
             unfinished = self.folder / f"{digest}.{os.getpid()}"
-            save_file({"image_kv": found.cpu().contiguous()}, unfinished)
+            save_file({"image_kv": image_kv.cpu().contiguous()}, unfinished)
             os.replace(unfinished, self.folder / f"{digest}.safetensors")
-        return found
 
+    @torch.no_grad()
     def show(self, pictures: list[Path]) -> Tensor | None:
-        """Keys and values of pictures in this order, as Llama.image_kv (layers, 2, tokens, H_kv, D); None: of none."""
-        found = []
-        for picture in pictures:
-            digest = hashlib.sha256(picture.read_bytes()).hexdigest()
-            page = self.pages.pop(digest, None)
-            page = self.read(digest) if page is None else page
-            found.append(self.look(digest, picture) if page is None else page)
-            self.pages[digest] = found[-1]
-            self.pages = dict(list(self.pages.items())[-self.NEWEST:])
-        return torch.cat(found, dim=2) if found else None
+        """Of pictures in this order, side by side in the third dimension; None if none of them was seen before.
+
+        Then they are better read together with the question that brings them. Raises as open_image does.
+        """
+        pages = [self.find(picture) for picture in pictures]
+        if all(page is None for page in pages):
+            return None
+        for i, picture in enumerate(pictures):
+            if pages[i] is None:
+                image = pixels(open_image(picture), self.model.vit.config.image_size)[None]
+                pages[i] = self.model.image_kv(image.to(self.model.projection.weight.device))
+                self.add(picture, pages[i])
+        return torch.cat(pages, dim=2)
 
 
 class Chat:
@@ -113,15 +121,18 @@ class Chat:
         if len(self.ids) + len(new.ids) >= limit:
             raise ValueError(f"{len(self.ids)} positions and {len(new.ids)} more exceed {limit}: /new starts over")
         context_free = model.llama.attention == "mmca"          # else what a picture looks like hangs on its place
-        images = tensors(new, vision.image_size)["images"].to(device) if not context_free else None
-        image_kv = self.album.show(files) if context_free else None
+        image_kv, keep = (self.album.show(files), []) if context_free else (None, None)
+        images = tensors(new, vision.image_size)["images"].to(device) if image_kv is None else None
         said, kinds, before = self.ids + new.ids, self.kind + new.kind, self.cache.past
         fed = sum(before[0])
         ids, kind = (torch.tensor([values[fed:]], device=device) for values in (said, kinds))
         heard, answer, text, shown = False, [], "", ""
         try:
             for token in model.generate(ids, kind, images, None, max_new_tokens, self.cache, image_kv,
-                                        self.temperature, self.top_p):
+                                        self.temperature, self.top_p, keep):
+                if keep and not heard and image_kv is None:
+                    for file, page in zip(files, torch.stack(keep).split(vision.n_queries, dim=2)):
+                        self.album.add(file, page)
                 heard = True
                 if token.item() == self.tokenizer.eos:
                     break

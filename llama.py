@@ -11,7 +11,7 @@ Before: mmca.py, with the attention and the letters for shapes. Next: vit.py.
 import json
 import pickle
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 
@@ -81,7 +81,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class Cache:
     """Keys (after RoPE) and values of some conversations, so that what was said is not computed again.
 
-    Each conversation has room for `room` text tokens, laid out beforehand; image tokens join now and then.
+    Each conversation has room for `room` text tokens, laid out beforehand; room for image tokens doubles as they join.
     """
 
     def __init__(self, llama: "Llama", conversations: int, room: int):
@@ -107,9 +107,11 @@ class Cache:
         after = n_text + text[0].shape[2]
         kv = self.text[layer, row, :, None, :, :after]                          # (2, 1, H_kv, S, D)
         kv[:, :, :, n_text:] = torch.stack(text)
-        if image[0].shape[2]:
-            self.image[layer][row] = torch.cat((self.image[layer][row][:, :, :n_image], torch.cat(image)), dim=2)
-        return kv.unbind(), self.image[layer][row][:, None].unbind()
+        seen, after = self.image[layer][row], n_image + image[0].shape[2]       # (2, H_kv, its room, D)
+        if after > seen.shape[2]:
+            seen = self.image[layer][row] = F.pad(seen, (0, 0, 0, 2 * after - seen.shape[2]))
+        seen[:, :, n_image:after] = torch.cat(image)
+        return kv.unbind(), seen[:, None, :, :after].unbind()
 
 
 @dataclass(frozen=True)
@@ -120,6 +122,7 @@ class Scene:
     sin: Tensor
     cache: Cache | None
     image_kv: Tensor | None         # (layers, 2, M, H_kv, D), see Llama.image_kv; then x holds the text alone
+    keep: list[Tensor] | None       # gets each layer's part of what would be image_kv
 
 
 class Attention(nn.Module):
@@ -139,6 +142,8 @@ class Attention(nn.Module):
         q, k, v = (proj(rows).unflatten(-1, (-1, self.head_dim))                          # (N, H or H_kv, D)
                    for proj, rows in ((self.q_proj, x[:n]), (self.k_proj, x), (self.v_proj, x)))
         own = v[n:].repeat_interleave(q.shape[1] // k.shape[1], dim=1)                    # image tokens' output
+        if scene.keep is not None:
+            scene.keep.append(torch.stack((k[n:], v[n:])))                                # before RoPE
         if scene.image_kv is not None:
             k, v = (torch.cat(pair) for pair in zip((k, v), scene.image_kv[layer]))
         q, k = rotate(q, scene.cos[:n], scene.sin[:n]), rotate(k, scene.cos, scene.sin)
@@ -328,10 +333,11 @@ class Llama(nn.Module):
         self.lm_head = Head(config.hidden_size, config.vocab_size, bias=False)
 
     def through_layers(self, x: Tensor, where: Layout, read: Tensor, cache: Cache | None = None,
-                       image_kv: Tensor | None = None) -> Tensor:
+                       image_kv: Tensor | None = None, keep: list[Tensor] | None = None) -> Tensor:
         """x (N, C) to hidden states (R, C) of the rows `read` (R)."""
         head_dim = self.config.hidden_size // self.config.num_attention_heads
-        scene = Scene(where, *rope_table(where.position, head_dim, self.config.rope_theta), cache, image_kv)
+        scene = Scene(where, *rope_table(where.position, head_dim, self.config.rope_theta), cache, image_kv,
+                      keep)
         for i, layer in enumerate(self.layers):
             rows = read if i == len(self.layers) - 1 else None
             if self.recompute and torch.is_grad_enabled() and cache is None:
@@ -344,13 +350,14 @@ class Llama(nn.Module):
         return self.norm(x)
 
     def forward(self, x: Tensor, kind: Tensor, read: Tensor | None = None, lengths: list[int] | None = None,
-                cache: Cache | None = None, image_kv: Tensor | None = None) -> Tensor:
+                cache: Cache | None = None, image_kv: Tensor | None = None, keep: list[Tensor] | None = None) -> Tensor:
         """Embeddings x (B, T, C) and kind (B, T) to hidden states (R, C) after the final norm.
 
         They are those of the R positions where read (B, T) is true, row after row; by default of all but padding.
         Each row is a conversation, or `lengths` are those of the conversations that lie in the rows one after the
         other. With a cache they go on from what is in it. With image_kv, from the method of that name, x is not
-        looked at where kind is IMAGE. Raises ValueError where the cache is full.
+        looked at where kind is IMAGE; without it, a list `keep` gets its layers. Raises ValueError where the cache is
+        full.
         """
         kind = ATTENTION[self.attention](kind)
         where = layout(kind, lengths, cache and cache.past)
@@ -360,7 +367,7 @@ class Llama(nn.Module):
         row = torch.empty(kind.numel(), dtype=torch.long, device=kind.device)       # of each position among the N
         row[where.place] = torch.arange(len(where.place), device=kind.device)
         read = row[(kind != PAD if read is None else read).flatten()]
-        return self.through_layers(x.flatten(0, 1).index_select(0, place), where, read, cache, image_kv)
+        return self.through_layers(x.flatten(0, 1).index_select(0, place), where, read, cache, image_kv, keep)
 
     @torch.no_grad()
     def step(self, x: Tensor, cache: Cache) -> Tensor:
@@ -392,11 +399,9 @@ class Llama(nn.Module):
 
         Under MMCA they depend on nothing else, so they serve wherever and whenever the image is shown.
         """
-        kind = torch.full((1, len(x)), IMAGE, device=x.device)
-        cache = Cache(self, 1, room=0)
-        where = replace(layout(kind), position=torch.zeros_like(kind[0]))           # RoPE does nothing at 0
-        self.through_layers(x, where, kind.new_empty(0), cache)
-        return torch.stack([of_layer[0] for of_layer in cache.image]).transpose(2, 3)
+        where, keep = layout(torch.full((1, len(x)), IMAGE, device=x.device)), []
+        self.through_layers(x, where, where.place[:0], keep=keep)
+        return torch.stack(keep)
 
     @classmethod
     def from_pretrained(cls, folder: Path | str, attention: str = "mmca", dtype=None,

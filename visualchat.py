@@ -106,19 +106,20 @@ class VisualChat(nn.Module):
     @torch.no_grad()
     def generate(self, ids: Tensor, kind: Tensor, images: Tensor | None, lengths: list[int] | None = None,
                  max_new_tokens: int = 512, cache: Cache | None = None, image_kv: Tensor | None = None,
-                 temperature: float = 0.0, top_p: float = 1.0) -> Iterator[Tensor]:
+                 temperature: float = 0.0, top_p: float = 1.0, keep: list | None = None) -> Iterator[Tensor]:
         """The next token of every conversation, again and again: yields ids (conversations), to the context's end.
 
         ids, kind (B, T) and lengths as in `score`, each conversation ending in text, and going on where the cache
-        stands, if one is given. image_kv, from that method, may stand for images. The caller decides when to stop:
-        conversations end at different times, and under ZeRO-3 all ranks must end together.
+        stands, if one is given. image_kv, from that method, may stand for images; else a list `keep` gets its layers.
+        The caller decides when to stop: conversations end at different times, and under ZeRO-3 all ranks must end
+        together.
         """
         lengths = lengths or [ids.shape[1]] * len(ids)
         ends = torch.tensor(lengths, device=ids.device).cumsum(0) - 1
         cache = cache or Cache(self.llama, len(lengths), max(lengths) + max_new_tokens)
         x = self.llama.embed_tokens(ids) if images is None else self.splice(ids, kind, images)
         read = torch.zeros_like(kind, dtype=torch.bool).flatten().index_fill(0, ends, True).view_as(kind)
-        hidden = self.llama(x, kind, read, lengths, cache, image_kv)                # (conversations, C)
+        hidden = self.llama(x, kind, read, lengths, cache, image_kv, keep)          # (conversations, C)
         left = self.llama.config.max_position_embeddings - max(map(sum, cache.past))
         for _ in range(min(max_new_tokens, left)):
             token = choose(self.llama.lm_head(hidden), temperature, top_p)

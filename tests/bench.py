@@ -1,19 +1,27 @@
 """What things cost, as ratios within one run. Not part of the test suite.
 
+    python tests/bench.py attention   both forms of MMCA and plain causal attention, forward and backward: time, memory
+    python tests/bench.py step        a training step against transformers' LLaMA: time, memory, share of the limit
+    python tests/bench.py decode      tokens per second against transformers' generate, share of memory bandwidth
+    python tests/bench.py chat        time to the first token in eight rounds with eight pictures
+    python tests/bench.py packing     packed conversations against padded ones, on all nine datasets of the tiny world
     python tests/bench.py images      memory: one picture out of a 2 GB JSON file of base64 texts
     python tests/bench.py features    time: a training step on kept features against one that runs the ViT
     python tests/bench.py loading     memory and time: two ZeRO-3 ranks load a random LLaMA of a billion parameters
     python tests/bench.py plan        memory of a training step of that model against what --plan predicts
+
+The first four take --precision, and on a GPU --size 7b: random weights of that size. They print medians.
 """
 import argparse
 import base64
 import os
+import random
 import resource
 import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from io import BytesIO
 from pathlib import Path
 from statistics import median
@@ -22,15 +30,326 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import save_file
 
 import shapes
-from data import Conversations, Features, collate, open_picture, packed, read
-from llama import Llama, LlamaConfig, Tokenizer, read_config
-from mmca import IMAGE, TEXT
-from visualchat import IGNORE, ModelConfig, build, towers
+from chat import Chat
+from data import Conversations, Features, Round, collate, encode_round, open_picture, pack, packed, read
+from llama import LLAMA_2, Llama, LlamaConfig, Tokenizer, read_config
+from mmca import IMAGE, TEXT, compact_mmca, layout, mmca
+from vit import VisionConfig, VisionTransformer
+from visualchat import IGNORE, ModelConfig, VisualChat, build, towers
 
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+PER_IMAGE = 256                 # tokens, as at the real sizes
+
+
+# ---- measuring ----
+
+def finish():
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def times(actions: dict, repeat: int = 7) -> dict[str, float]:
+    """Median seconds of each action; they take turns, so that a slow moment of the machine meets them all."""
+    found = {name: [] for name in actions}
+    for i in range(repeat + 1):
+        for name, action in actions.items():
+            finish()
+            started = time.perf_counter()
+            action()
+            finish()
+            if i:                                               # the first one warms up
+                found[name].append(time.perf_counter() - started)
+    return {name: median(seconds) for name, seconds in found.items()}
+
+
+def resident() -> tuple[float, float]:
+    """This process's resident memory now and at its peak, in MB of 1,000,000 bytes."""
+    found = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
+    return tuple(int(found[name].split()[0]) * 1024 / 1e6 for name in ("VmRSS", "VmHWM"))
+
+
+def peak_of(action) -> float:
+    """MB that an action needs at its height, beyond what is there before it; in a process of its own: see `alone`."""
+    if DEVICE.type == "cuda":
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        action()
+        return (torch.cuda.max_memory_allocated() - before) / 1e6
+    Path("/proc/self/clear_refs").write_text("5")               # Linux: the peak starts anew
+    before = resident()[0]
+    action()
+    return resident()[1] - before
+
+
+def alone(*arguments: str) -> float:
+    """What a process of its own prints, run so that freed memory is given back at once."""
+    command = [sys.executable, __file__, *arguments]
+    done = subprocess.run(command, check=True, env=os.environ | {"MALLOC_MMAP_THRESHOLD_": str(2 ** 16)},
+                          stdout=subprocess.PIPE, text=True)
+    return float(done.stdout.split()[-1])
+
+
+def rate(dtype: torch.dtype) -> float:
+    """Operations per second of a large matrix product, the most that this machine was seen to do."""
+    side = 8192 if DEVICE.type == "cuda" else 2048
+    a = torch.randn(side, side, dtype=dtype, device=DEVICE)
+    return 2 * side ** 3 / times({"mm": lambda: a @ a})["mm"]
+
+
+def bandwidth(n_bytes: int) -> float:
+    """Bytes per second of reading so many bytes once."""
+    data = torch.ones(n_bytes // 4, device=DEVICE)
+    return n_bytes / times({"read": data.sum})["read"]
+
+
+# ---- (a) attention ----
+
+def rounds(length: int, n_images: int) -> torch.Tensor:
+    """kind (1, length): images evenly among the text, some text first and last."""
+    text = length - n_images * PER_IMAGE
+    kinds = ([TEXT] * (text // (n_images + 1)) + [IMAGE] * PER_IMAGE) * n_images
+    return torch.tensor([kinds + [TEXT] * (length - len(kinds))])
+
+
+def forms(length: int, n_images: int, dtype: torch.dtype, heads: int = 8, width: int = 64) -> dict:
+    """Forward and backward pass of each form of attention over one conversation, inputs as llama.py has them."""
+    kind = rounds(length, n_images)
+    where = layout(kind)
+    q, k, v, out = (torch.randn(1, heads, length, width, dtype=dtype, device=DEVICE) for _ in range(4))
+    whole = [x.clone().requires_grad_() for x in (q, k, v)]
+    flat_q, flat_k, flat_v, flat_out = (x[0].transpose(0, 1)[where.place].contiguous() for x in (q, k, v, out))
+    parts = [x.clone().requires_grad_() for x in (flat_q[:where.n_text], flat_k, flat_v)]
+
+    def compact():
+        text = compact_mmca(*parts, layout(kind.to(DEVICE)))
+        torch.cat((text, parts[2][where.n_text:])).backward(flat_out)
+
+    return {"explicit": lambda: mmca(*whole, kind.to(DEVICE)).backward(out), "compact": compact,
+            "causal": lambda: F.scaled_dot_product_attention(*whole, is_causal=True).backward(out)}
+
+
+def attention(options):
+    """Milliseconds of the three forms; then MB at the height, which should double with the length."""
+    for length in (1024, 2048, 4096):
+        for n_images in (1, 2, 4, 7, 8):
+            if n_images * PER_IMAGE < length:
+                found = times(forms(length, n_images, DTYPES[options.precision]), 5)
+                ratios = {name: found["compact"] / found[name] for name in ("causal", "explicit")}
+                print(f"T = {length}, {n_images} images:", *(f"{name} {1e3 * s:.1f} ms," for name, s in found.items()),
+                      *(f"compact / {name} {ratio:.2f}" for name, ratio in ratios.items()), flush=True)
+    for length in (1024, 2048, 4096):
+        print(f"T = {length}, half of it images, MB:", *(
+            f"{name} {alone('memory', '--step', f'{name} {length}', '--precision', options.precision):.0f}"
+            for name in ("explicit", "compact", "causal")), flush=True)
+
+
+# ---- (b) a training step, (c) decoding ----
+
+def sizes(options) -> LlamaConfig:
+    if options.size:
+        return LLAMA_2[options.size]
+    heads = max(8, options.dim // 128)
+    return LlamaConfig(options.dim, options.dim * 43 // 16, 8, heads, heads)
+
+
+def random_llama(config: LlamaConfig, dtype: torch.dtype) -> Llama:
+    with torch.device("meta"):
+        llama = Llama(config).to(dtype)
+    llama = llama.to_empty(device=DEVICE).requires_grad_(False)
+    for name, parameter in llama.named_parameters():
+        parameter.fill_(1) if "norm" in name else parameter.normal_(std=parameter.shape[1] ** -0.5)
+    return llama
+
+
+def their_llama(llama: Llama):
+    """transformers' model with the same weights, in the same memory."""
+    import transformers
+    config = transformers.LlamaConfig(**asdict(llama.config), attn_implementation="sdpa")
+    with torch.device("meta"):
+        theirs = transformers.LlamaForCausalLM(config)
+    weights = {name if name.startswith("lm_head") else f"model.{name}": p for name, p in llama.state_dict().items()}
+    theirs.load_state_dict(weights, assign=True)
+    theirs.model.rotary_emb = type(theirs.model.rotary_emb)(config).to(DEVICE)      # made on meta, too
+    return theirs.requires_grad_(False).eval()
+
+
+def steps(options) -> tuple[dict, float]:
+    """Training steps on the same embeddings, ours and theirs, and the operations that one needs."""
+    torch.manual_seed(0)
+    dtype, length, n_images = DTYPES[options.precision], options.length, 4 if options.length <= 2048 else 8
+    llama = random_llama(sizes(options), dtype)
+    config, theirs, kind = llama.config, their_llama(llama), rounds(length, n_images).to(DEVICE)
+    text = (kind[0] == TEXT).nonzero()[:, 0]
+    labels = torch.full((1, length), IGNORE, device=DEVICE)
+    answers = text[-(length // 3):]
+    labels[0, answers] = torch.randint(config.vocab_size, (len(answers),), device=DEVICE)
+    x = torch.randn(1, length, config.hidden_size, dtype=dtype, device=DEVICE).requires_grad_()
+
+    def ours():
+        read = F.pad(labels[:, 1:] != IGNORE, (0, 1))
+        llama.recompute = options.recompute
+        loss, _ = llama.lm_head(llama(x, kind, read), labels[:, 1:][read[:, :-1]])
+        loss.mean().backward()
+
+    # What the step cannot do without: two operations per value and token forward, two for the gradient of the token,
+    # none for that of frozen weights. An image row needs no query, and in the last layer keys and values alone.
+    n_text, n_image, layers = len(text), n_images * PER_IMAGE, config.num_hidden_layers
+    layer = sum(p.numel() for p in llama.layers[0].parameters())
+    kv = 2 * llama.layers[0].self_attn.k_proj.weight.numel()
+    values = (layers * n_text * layer + n_image * ((layers - 1) * (layer - config.hidden_size ** 2) + kv)
+              + len(answers) * llama.lm_head.weight.numel())
+    pairs = n_text ** 2 / 2 + sum(count * seen for count, seen in layout(kind).talks[0].runs)
+    scores = layers * config.hidden_size * pairs                # 2 products forward, 5 backward
+    return ({"ours": ours, "transformers": lambda: theirs(inputs_embeds=x, labels=labels).loss.backward()},
+            4 * values + 14 * scores)
+
+
+def step(options):
+    actions, needed = steps(options)
+    found, limit = times(actions, 5), rate(DTYPES[options.precision])
+    print(f"{options.precision}: ours {options.length / found['ours']:.0f} positions/s, transformers "
+          f"{options.length / found['transformers']:.0f}, ratio {found['transformers'] / found['ours']:.2f}; "
+          f"{needed / found['ours'] / 1e9:.0f} of {limit / 1e9:.0f} GFLOP/s that a matrix product reaches, "
+          f"share {needed / found['ours'] / limit:.2f}", flush=True)
+    del actions
+    arguments = ["--precision", options.precision, "--dim", str(options.dim), "--length", str(options.length)]
+    ours, theirs = (alone("memory", "--step", name, *arguments, *["--size", options.size] * bool(options.size))
+                    for name in ("ours", "transformers"))
+    print(f"memory beyond the weights: ours {ours:.0f} MB, transformers {theirs:.0f} MB, ratio {ours / theirs:.2f}")
+
+
+def memory(options):
+    """Print the MB that one step or one form of attention needs."""
+    name, *length = options.step.split()
+    if length:
+        length = int(length[0])
+        actions = forms(length, length // 2 // PER_IMAGE, DTYPES[options.precision])
+    else:
+        actions = steps(options)[0]
+    actions[name]()
+    print(peak_of(actions[name]))
+
+
+@torch.no_grad()
+def decode(options, prompt: int = 64, new: int = 64):
+    """Greedy decoding of so many tokens behind a text prompt, its reading included."""
+    dtype = DTYPES[options.precision]
+    for dim in ([options.dim] if options.size else [512, 2048]):
+        options.dim = dim
+        llama = random_llama(sizes(options), dtype)
+        theirs = their_llama(llama)
+        theirs.generation_config.eos_token_id, theirs.generation_config.pad_token_id = None, 0
+        model = VisualChat(VisionTransformer(shapes.VIT).to(DEVICE, dtype), llama)
+        ids = torch.randint(3, llama.config.vocab_size, (1, prompt), device=DEVICE)
+        kind = torch.full_like(ids, TEXT)
+
+        def ours():
+            return [token.item() for token in model.generate(ids, kind, None, None, new)]
+
+        def transformers():
+            return theirs.generate(ids, attention_mask=kind, max_new_tokens=new, do_sample=False)[0, prompt:].tolist()
+
+        same = sum(a == b for a, b in zip(ours(), transformers()))
+        found = times({"ours": ours, "transformers": transformers}, 5)
+        read = sum(p.numel() * p.element_size() for name, p in llama.named_parameters() if "embed" not in name)
+        limit = bandwidth(read)
+        print(f"{options.precision}, width {llama.config.hidden_size}: ours {new / found['ours']:.1f} tokens/s, "
+              f"transformers {new / found['transformers']:.1f}, ratio {found['transformers'] / found['ours']:.2f} "
+              f"({same} of {new} tokens the same); {read * new / found['ours'] / 1e9:.1f} of {limit / 1e9:.1f} GB/s, share "
+              f"{read * new / found['ours'] / limit:.2f}", flush=True)
+
+
+# ---- (d) a chat of eight rounds, (e) packing ----
+
+@torch.no_grad()
+def chat(options):
+    """Seconds to the first token of each round, with the cache and from scratch."""
+    torch.manual_seed(0)
+    dtype = DTYPES[options.precision]
+    tokenizer = Tokenizer(towers(ModelConfig())[0])
+    llama = random_llama(replace(sizes(options), vocab_size=tokenizer.model.vocab_size()), dtype)
+    vision = VisionConfig() if options.size else VisionConfig(224, 14, 256, 6, 4, 1024, 512, PER_IMAGE, 16)
+    model = VisualChat(VisionTransformer(vision).to(DEVICE, dtype), llama)
+    question = "What color is the shape in the image? Does any image show a big shape? Describe the image."
+    clock = {}
+
+    def clocked(*arguments, generate=model.generate):
+        for token in generate(*arguments):
+            finish()
+            clock.setdefault("first", time.perf_counter())
+            yield token
+
+    def first_token(action) -> float:
+        clock.clear()
+        started = time.perf_counter()
+        action()
+        return clock["first"] - started
+
+    model.generate = clocked
+    found = []                                                  # per round: kept, again; at last: seen, new
+    with tempfile.TemporaryDirectory() as folder:
+        files = [Path(folder) / f"{i}.png" for i in range(10)]
+        for i, file in enumerate(files):
+            shapes.draw(("big", "red", "star", "left"), random.Random(i)).save(file)
+        for _ in range(5):
+            talk, seconds = Chat(model, tokenizer), []
+            for i, file in enumerate(files[:8]):
+                new = encode_round(Round((file,), question), i, i == 0, tokenizer, PER_IMAGE)
+                ids, kind = (torch.tensor([before + more], device=DEVICE)
+                             for before, more in ((talk.ids, new.ids), (talk.kind, new.kind)))
+
+                def again():
+                    pictures = torch.stack([open_picture(shown, vision.image_size) for shown in files[:i + 1]])
+                    next(model.generate(ids, kind, pictures.to(DEVICE), None, 8))
+
+                seconds.append((first_token(lambda: list(talk.ask(question, [file], 8))), first_token(again)))
+            seconds.append(tuple(first_token(lambda: list(talk.ask(question, [file], 8))) for file in (files[0], files[8])))
+            found.append(seconds)
+    rows = [[median(values) for values in zip(*row)] for row in zip(*found)]
+    for i, (kept, anew) in enumerate(rows[:8], 1):
+        print(f"round {i}: first token after {1e3 * kept:.0f} ms, from scratch {1e3 * anew:.0f} ms, ratio {kept / anew:.2f}")
+    print(f"then a picture seen before: {1e3 * rows[8][0]:.0f} ms, a new one: {1e3 * rows[8][1]:.0f} ms")
+
+
+def padded(rows: list[dict]) -> dict:
+    """The batch that pack would not make: a conversation per row, each as long as the longest."""
+    longest = max(len(row["ids"]) for row in rows)
+    fill = {"ids": 0, "kind": TEXT, "labels": IGNORE}           # text behind the end changes nothing before it
+    return {"images": torch.cat([row["images"] for row in rows])} | {
+        name: torch.stack([F.pad(row[name], (0, longest - len(row[name])), value=value) for row in rows])
+        for name, value in fill.items()}
+
+
+def packing(options):
+    """Forward and backward of the tiny model over steps of 16 conversations of all nine datasets."""
+    shapes.ensure(Path("data/tiny"))
+    model, tokenizer = build(ModelConfig()), Tokenizer(towers(ModelConfig())[0])
+    model.freeze()
+    talks = random.Random(0).sample(read(Path("data/tiny"), ["set2"]), 320)
+    with tempfile.TemporaryDirectory() as folder:
+        kept = Features(Path(folder), model.vit)
+        kept.fill(list(dict.fromkeys(image for talk in talks for turn in talk.rounds for image in turn.images)), model.vit)
+        rows = list(Conversations(talks, tokenizer, model.vit.config, features=kept))
+    groups = [rows[i:i + 16] for i in range(0, len(rows), 16)]
+    batches = {"packed": [batch for group in groups for batch in pack(group, 4096)],
+               "padded": [padded(group) for group in groups]}
+    real = sum(len(row["ids"]) for row in rows)
+    found = times({name: lambda given=given: [model(**batch).backward() for batch in given]
+                   for name, given in batches.items()}, 5)
+    for name, given in batches.items():
+        print(f"{name}: {1 - real / sum(batch['ids'].numel() for batch in given):.1%} of the positions are padding, "
+              f"{real / found[name]:.0f} real positions/s")
+    print(f"packed is {found['padded'] / found['packed']:.2f} times as fast")
+
+
+# ---- data, loading, the plan ----
 
 def images(gigabytes: float = 2):
     """Peak resident memory of building the index and, in a fresh process, of reading one picture with it."""
@@ -105,12 +424,6 @@ def billion(folder: Path) -> Path:
     return folder
 
 
-def resident() -> tuple[float, float]:
-    """This process's resident memory now and at its peak, in MB of 1,000,000 bytes."""
-    found = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
-    return tuple(int(found[name].split()[0]) * 1024 / 1e6 for name in ("VmRSS", "VmHWM"))
-
-
 def loading(step: str = ""):
     """Two ranks load; beside it `dd` reads the same files. With a step, each also trains once."""
     with tempfile.TemporaryDirectory() as folder:
@@ -147,8 +460,8 @@ def rank(folder: Path, step: str):
     config, llama = ModelConfig(llama=str(folder)), read_config(folder / "config.json")
     train.sizes = lambda size: (llama, shapes.VIT)
     rows = 16 if tiny else 1
-    options = train.for_size(train.Options(precision="fp32" if tiny else "bf16", micro_batch=rows, batch=2 * rows,
-                                           length=length, recompute=step == "recompute"))
+    options = train.for_size(train.Options(precision="fp32" if tiny else "bf16", batch=2 * rows,
+                                           positions=rows * length, recompute=step == "recompute"))
     before = resident()[0]
     train.dist.barrier()
     started = time.perf_counter()
@@ -169,7 +482,7 @@ def rank(folder: Path, step: str):
     batch = dict(ids=torch.randint(0, llama.vocab_size, (rows, length)), kind=kind, labels=labels,
                  images=torch.randn(rows * pictures, 3, shapes.VIT.image_size, shapes.VIT.image_size))
     for _ in range(2):
-        train.train_step(engine, iter([batch]))
+        train.train_step(engine, [batch])
     predicted = train.memory(options, llama, shapes.VIT, 2)
     if train.dist.get_rank() == 0:
         print({name: round(value / 1e6) for name, value in predicted.items()})
@@ -181,18 +494,28 @@ def rank(folder: Path, step: str):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["images", "features", "loading", "plan", "peak", "rank"])
+    with_options = {"attention": attention, "step": step, "decode": decode, "chat": chat, "packing": packing,
+                    "memory": memory}
+    without = {"images": images, "features": features, "loading": loading, "plan": plan}
+    parser.add_argument("what", choices=[*with_options, *without, "peak", "rank"])
+    parser.add_argument("--precision", choices=list(DTYPES), default="fp32")
+    parser.add_argument("--size", choices=list(LLAMA_2), help="random weights of this size instead of a small model")
+    parser.add_argument("--dim", type=int, default=512, help="width of the small model of eight layers")
+    parser.add_argument("--length", type=int, default=2048, help="positions of a training step")
+    parser.add_argument("--recompute", action="store_true", help="in a training step, as train.py does")
     parser.add_argument("--step", help=argparse.SUPPRESS)
     parser.add_argument("--file", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.what == "peak":
+    torch.manual_seed(0)
+    if options.what in with_options:
+        with_options[options.what](options)
+    elif options.what in without:
+        without[options.what]()
+    elif options.what == "peak":
         peak(options.step, options.file)
-    elif options.what == "rank":
-        rank(options.file, options.step)
     else:
-        {"images": images, "features": features, "loading": loading, "plan": plan}[options.what]()
+        rank(options.file, options.step)
 
 
 if __name__ == "__main__":
-    torch.manual_seed(0)
     main()
