@@ -74,7 +74,7 @@ def test_the_cache_holds_what_a_full_forward_pass_gives(chat, pictures):
     texts, shown = chat.cache.past[0]
     assert (texts + shown, shown) == (len(chat.ids) - 2, 12)            # the last word and </s> are yet to come
     torch.testing.assert_close(chat.cache.text[..., :texts, :], whole.text[..., :texts, :], atol=1e-4, rtol=0)
-    for ours, full in zip(chat.cache.image, whole.image):
+    for (ours,), (full,) in zip(chat.cache.image, whole.image):
         torch.testing.assert_close(ours[:, :, :shown], full[:, :, :shown], atol=1e-4, rtol=0)
 
 
