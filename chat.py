@@ -43,7 +43,7 @@ def fingerprint(folder: Path, config: ModelConfig) -> str:
 class Album:
     """Pictures as LLaMA's layers see them under MMCA, which is the same in all conversations and at all places.
 
-    So ViT and LLaMA look at a picture once: the newest stay in memory, and all of them in a folder, if one is given.
+    So ViT and LLaMA look at a picture once: the newest stay in memory, all of them in a folder, if one is given.
     """
     NEWEST = 16                     # at 7b one takes 134 MB
 
@@ -235,7 +235,7 @@ def main():
     parser.add_argument("--question", action="append", help="answer this and end; may be given several times")
     parser.add_argument("--model", type=Path, help="folder of a training result; default the newest under out/")
     parser.add_argument("--keep", type=Path, help="folder that keeps what LLaMA sees in each picture")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0: always the likeliest word; 1: by chance")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0: the likeliest word; 1: by chance")
     parser.add_argument("--top-p", type=float, default=1.0, help="draw from the likeliest words of this chance")
     options = parser.parse_args()
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")

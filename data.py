@@ -564,15 +564,16 @@ def tensors(encoded: Encoded, image_size: int, features: Features | None = None)
 
 
 def collate(rows: list[dict[str, Tensor]]) -> dict:
-    """A batch: conversations one after the other, without padding, in ids, kind, labels (1, S); `lengths` tells them
-    apart; images (N, 3, h, w) of all in order.
+    """A batch: conversations one after the other, without padding, in ids, kind, labels (1, S); `lengths` tells
+    them apart; images (N, 3, h, w) of all in order.
     """
     batch = {name: torch.cat([row[name] for row in rows])[None] for name in ("ids", "kind", "labels")}
-    return {**batch, "images": torch.cat([row["images"] for row in rows]), "lengths": [len(row["ids"]) for row in rows]}
+    images = torch.cat([row["images"] for row in rows])
+    return {**batch, "images": images, "lengths": [len(row["ids"]) for row in rows]}
 
 
 def pack(rows: list[dict[str, Tensor]], positions: int) -> list[dict]:
-    """Batches of at most so many positions, as few as come of putting long conversations first into where they fit.
+    """Batches of at most so many positions: long conversations first, each into the first batch with room for it.
 
     A conversation that is longer makes a batch of its own.
     """

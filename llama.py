@@ -81,7 +81,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class Cache:
     """Keys (after RoPE) and values of some conversations, so that what was said is not computed again.
 
-    Each conversation has room for `room` text tokens, laid out beforehand; room for image tokens doubles as they join.
+    Each conversation has `room` for text tokens, laid out beforehand; that for image tokens doubles as they join.
     """
 
     def __init__(self, llama: "Llama", conversations: int, room: int):
@@ -197,7 +197,7 @@ class Scores(torch.autograd.Function):
             losses.append(best - chance.gather(1, likeliest[:, None])[:, 0].log() - logits.gather(1, at)[:, 0])
             hits.append(likeliest == wanted)
             if ctx.needs_input_grad[0]:
-                chance.scatter_add_(1, at, torch.full_like(at, -1, dtype=chance.dtype))     # gradient of the logits
+                chance.scatter_add_(1, at, torch.full_like(at, -1, dtype=chance.dtype))     # the logits' gradient
                 gradients.append(chance.to(weight.dtype) @ weight)
         right = torch.cat(hits)
         ctx.save_for_backward(*gradients)
@@ -350,14 +350,15 @@ class Llama(nn.Module):
         return self.norm(x)
 
     def forward(self, x: Tensor, kind: Tensor, read: Tensor | None = None, lengths: list[int] | None = None,
-                cache: Cache | None = None, image_kv: Tensor | None = None, keep: list[Tensor] | None = None) -> Tensor:
+                cache: Cache | None = None, image_kv: Tensor | None = None,
+                keep: list[Tensor] | None = None) -> Tensor:
         """Embeddings x (B, T, C) and kind (B, T) to hidden states (R, C) after the final norm.
 
         They are those of the R positions where read (B, T) is true, row after row; by default of all but padding.
         Each row is a conversation, or `lengths` are those of the conversations that lie in the rows one after the
         other. With a cache they go on from what is in it. With image_kv, from the method of that name, x is not
-        looked at where kind is IMAGE; without it, a list `keep` gets its layers. Raises ValueError where the cache is
-        full.
+        looked at where kind is IMAGE; without it, a list `keep` gets its layers. Raises ValueError where the cache
+        is full.
         """
         kind = ATTENTION[self.attention](kind)
         where = layout(kind, lengths, cache and cache.past)

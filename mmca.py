@@ -67,22 +67,23 @@ def mmca(q: Tensor, k: Tensor, v: Tensor, kind: Tensor, past: int = 0) -> Tensor
 
 
 def causal(q: Tensor, k: Tensor, v: Tensor, kind: Tensor, past: int = 0) -> Tensor:
-    """Causal attention, the paper's baseline: every token counts as text, so M1 is all there is. Shapes as above."""
+    """Causal attention, the paper's baseline: all tokens count as text, so M1 is all there is. Shapes as above."""
     return mmca(q, k, v, all_text(kind), past)
 
 
 # ---- the same, without the work that nobody reads: what llama.py uses ----
 
-# An image token's output is its own value, whatever its query. So text and image tokens are taken apart: text looks
-# at text alone, in its own order, which is plain causal attention; and each run of text between two images looks at
-# all images before it, which needs no mask. Both are what torch's fused kernel does best, and no matrix is built.
+# An image token's output is its own value, whatever its query. So text and image tokens are taken apart: text
+# looks at text alone, in its own order, which is plain causal attention; and each run of text between two images
+# looks at all images before it, which needs no mask. Both are what torch's fused kernel does best, and M is never
+# built.
 
 @dataclass(frozen=True)
 class Talk:
     """One conversation of a batch: how many text and how many image tokens it has, and who sees whom."""
     text: int
     image: int
-    runs: list[tuple[int, int]]     # (text tokens in a row, image tokens that they see), those of the past included
+    runs: list[tuple[int, int]]     # (text tokens in a row, image tokens that they see, the past's included)
 
 
 @dataclass(frozen=True)
@@ -122,8 +123,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, **which) -> Tensor:
 def look_back(q: Tensor, text: tuple[Tensor, Tensor], image: tuple[Tensor, Tensor], runs: list) -> Tensor:
     """Both softmaxes for the text of one conversation.
 
-    q (1, H, T, D) of the new text; keys and values of text (1, H_kv, S, D) and of image tokens (1, H_kv, I, D), the
-    past included; runs as in Talk. Returns (1, H, T, D).
+    q (1, H, T, D) of the new text; keys and values of text (1, H_kv, S, D) and of image tokens (1, H_kv, I, D),
+    the past included; runs as in Talk. Returns (1, H, T, D).
     """
     new, past = q.shape[2], text[0].shape[2] - q.shape[2]
     mask = q.new_ones(new, past + new, dtype=torch.bool).tril(past) if past and new > 1 else None
@@ -138,8 +139,8 @@ def look_back(q: Tensor, text: tuple[Tensor, Tensor], image: tuple[Tensor, Tenso
 def compact_mmca(q: Tensor, k: Tensor, v: Tensor, layout: Layout, extend: Callable | None = None) -> Tensor:
     """What `mmca` gives the text of all conversations, (n_text, H, D); image tokens get their own values.
 
-    q (n_text, H, D) and k, v (N, H_kv, D) of the new tokens, q and k after RoPE, all as `layout` has them. extend: what
-    a KV cache makes of a conversation's new keys and values, of text and of image tokens: those of its past, too.
+    q (n_text, H, D) and k, v (N, H_kv, D) of the new tokens, q and k after RoPE, all as `layout` has them. extend:
+    what a KV cache makes of a conversation's new keys and values, of text and of images: those of its past, too.
     """
     texts, images = [talk.text for talk in layout.talks], [talk.image for talk in layout.talks]
     q, k, v = (x.transpose(0, 1)[None].split(sizes, dim=2)                      # of (1, H, tokens, D)

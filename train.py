@@ -77,8 +77,8 @@ class Options:
     # How?
     epochs: int = option(0, "passes over the data; default 4 for tiny, else as the paper for this mixture")
     batch: int = option(0, "conversations per step, over all ranks; default 16 for tiny, else 128")
-    positions: int = option(4096, "positions that a rank computes at a time, filled with whole conversations; longer "
-                                  "conversations lose their last rounds")
+    positions: int = option(4096, "positions that a rank computes at a time, filled with whole conversations; "
+                                  "longer ones lose their last rounds")
     lr: float = option(0.0, "peak rate, a tenth of the steps on; then a cosine; default 2e-3 for tiny, else 1e-3")
     embedding_lr: float = option(0.0, "peak learning rate of the token embedding; default that of --lr")
     workers: int = option(2, "processes per rank that open pictures")
@@ -295,9 +295,9 @@ def memory(options: Options, llama: LlamaConfig, vit: VisionConfig, gpus: int) -
     """Bytes that one of `gpus` GPUs holds at the height of a step, by what they are for.
 
     Frozen weights need no inputs for a gradient of theirs, so of each layer and position the backward pass wants
-    only what the other operations need: both norms' inputs in float32; q, k, v and two outputs of attention, one per
-    softmax; SwiGLU's gate, its SiLU, and what that is multiplied with. DeepSpeed's linear layers under ZeRO-3 keep
-    their inputs, too. All positions count as text here; image tokens need less.
+    only what the other operations need: both norms' inputs in float32; q, k, v and two outputs of attention, one
+    per softmax; SwiGLU's gate, its SiLU, and what that is multiplied with. DeepSpeed's linear layers under ZeRO-3
+    keep their inputs, too. All positions count as text here; image tokens need less.
     """
     values, width = counts(llama, vit), 4 if options.precision == "fp32" else 2
     weights, gradients, masters = (gpus if options.zero >= stage else 1 for stage in (3, 2, 1))
@@ -440,7 +440,7 @@ def on_device(batch: dict, engine) -> dict:
 
 
 def as_many(batches: list[dict], engine) -> list[dict]:
-    """The batches, and empty ones behind them, so that all ranks have as many: ZeRO-3 ranks gather weights together."""
+    """The batches, and empty ones behind them until all ranks have as many: ZeRO-3 ranks run modules together."""
     most = torch.tensor(len(batches), device=engine.device)
     dist.all_reduce(most, dist.ReduceOp.MAX)
     empty = {name: x[:, :0] for name, x in batches[0].items() if name in ("ids", "kind", "labels")}
@@ -451,8 +451,8 @@ def as_many(batches: list[dict], engine) -> list[dict]:
 def train_step(engine, batches: list[dict]) -> tuple[float, int]:
     """One optimizer step on these batches; returns loss per answer token and positions read, over all ranks.
 
-    Every answer token of the step weighs the same, wherever it lies; the mean over ranks and batches that DeepSpeed
-    takes would let a token of a short answer weigh more. So each batch counts by its tokens.
+    Every answer token of the step weighs the same, wherever it lies; the mean over ranks and batches that
+    DeepSpeed takes would let a token of a short answer weigh more. So each batch counts by its tokens.
     """
     batches = as_many(batches, engine)
     counts = [(batch["labels"] != IGNORE).sum() for batch in batches]

@@ -88,7 +88,7 @@ class VisualChat(nn.Module):
         All answer tokens of a round being the likeliest is the same as greedy decoding giving that answer.
         """
         x = self.splice(ids, kind, images)
-        if not len(images):     # ZeRO-3 ranks gather weights together, so all must run the same modules: see a blank
+        if not len(images):     # see a blank: ZeRO-3 ranks gather weights together, so all run the same modules
             x = x + (0 * self.see(images.new_zeros(1, *images.shape[1:]))).sum()
         answer = F.pad(labels[:, 1:] != IGNORE, (0, 1))     # position t predicts t + 1
         return self.llama.lm_head(self.llama(x, kind, answer, lengths), labels[:, 1:][answer[:, :-1]])
@@ -110,9 +110,9 @@ class VisualChat(nn.Module):
         """The next token of every conversation, again and again: yields ids (conversations), to the context's end.
 
         ids, kind (B, T) and lengths as in `score`, each conversation ending in text, and going on where the cache
-        stands, if one is given. image_kv, from that method, may stand for images; else a list `keep` gets its layers.
-        The caller decides when to stop: conversations end at different times, and under ZeRO-3 all ranks must end
-        together.
+        stands, if one is given. image_kv, from that method, may stand for images; else a list `keep` gets its
+        layers. The caller decides when to stop: conversations end at different times, and under ZeRO-3 all ranks
+        must end together.
         """
         lengths = lengths or [ids.shape[1]] * len(ids)
         ends = torch.tensor(lengths, device=ids.device).cumsum(0) - 1

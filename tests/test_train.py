@@ -69,8 +69,10 @@ def test_two_ranks_under_zero_3_lose_what_one_rank_loses(world, reference):
 def test_two_ranks_that_share_out_every_parameter_agree_too(world, reference, tmp_path):
     """By default ZeRO-3 leaves tensors of fewer than 100,000 values whole: nearly all of the tiny size."""
     (tmp_path / "all.json").write_text('{"zero_optimization": {"stage3_param_persistence_threshold": 0}}')
-    settings = ["--deepspeed-config", str(tmp_path / "all.json")]
-    assert losses(world, "out/shared", *settings, "--exam", "4", ranks=2) == pytest.approx(reference, abs=1e-3)
+    settings = ["--deepspeed-config", str(tmp_path / "all.json"), "--exam", "4"]
+    # Room for two or three conversations at a time: the ranks have different numbers of packed batches in a step.
+    found = losses(world, "out/shared", *settings, "--positions", "400", ranks=2)
+    assert found == pytest.approx(reference, abs=1e-3)
 
 
 def test_ranks_with_unequal_images_and_text_only_batches_end(world, tmp_path):
