@@ -121,7 +121,8 @@ class Chat:
         if len(self.ids) + len(new.ids) >= limit:
             raise ValueError(f"{len(self.ids)} positions and {len(new.ids)} more exceed {limit}: /new starts over")
         context_free = model.llama.attention == "mmca"          # else what a picture looks like hangs on its place
-        image_kv, keep = (self.album.show(files), []) if context_free else (None, None)
+        image_kv = self.album.show(files) if context_free else None
+        keep = [] if context_free and image_kv is None else None
         images = tensors(new, vision.image_size)["images"].to(device) if image_kv is None else None
         said, kinds, before = self.ids + new.ids, self.kind + new.kind, self.cache.past
         fed = sum(before[0])
@@ -130,9 +131,6 @@ class Chat:
         try:
             for token in model.generate(ids, kind, images, None, max_new_tokens, self.cache, image_kv,
                                         self.temperature, self.top_p, keep):
-                if keep and not heard and image_kv is None:
-                    for file, page in zip(files, torch.stack(keep).split(vision.n_queries, dim=2)):
-                        self.album.add(file, page)
                 heard = True
                 if token.item() == self.tokenizer.eos:
                     break
@@ -148,6 +146,9 @@ class Chat:
                 self.ids = [*said, *answer, self.tokenizer.eos]
                 self.kind = kinds + [TEXT] * (len(answer) + 1)
                 self.n_images += len(files)
+                if keep and files:                              # after the answer, which should not wait for it
+                    for file, page in zip(files, torch.stack(keep).split(vision.n_queries, dim=2)):
+                        self.album.add(file, page)
             else:                                               # the question was not heard: nothing was said
                 self.cache.past = before
 

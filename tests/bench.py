@@ -1,10 +1,10 @@
 """What things cost, as ratios within one run. Not part of the test suite.
 
-    python tests/bench.py attention   both forms of MMCA and plain causal attention, forward and backward: time, memory
+    python tests/bench.py attention   both forms of MMCA and plain causal attention, there and back: time, memory
     python tests/bench.py step        a training step against transformers' LLaMA: time, memory, share of the limit
     python tests/bench.py decode      tokens per second against transformers' generate, share of memory bandwidth
     python tests/bench.py chat        time to the first token in eight rounds with eight pictures
-    python tests/bench.py packing     packed conversations against padded ones, on all nine datasets of the tiny world
+    python tests/bench.py packing     packed conversations against padded ones, all nine datasets of the tiny world
     python tests/bench.py images      memory: one picture out of a 2 GB JSON file of base64 texts
     python tests/bench.py features    time: a training step on kept features against one that runs the ViT
     python tests/bench.py loading     memory and time: two ZeRO-3 ranks load a random LLaMA of a billion parameters
@@ -46,6 +46,7 @@ from visualchat import IGNORE, ModelConfig, VisualChat, build, towers
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PER_IMAGE = 256                 # tokens, as at the real sizes
+ANSWER = 48                     # tokens in a round of `chat`, a sentence or two
 
 
 # ---- measuring ----
@@ -76,7 +77,7 @@ def resident() -> tuple[float, float]:
 
 
 def peak_of(action) -> float:
-    """MB that an action needs at its height, beyond what is there before it; in a process of its own: see `alone`."""
+    """MB that an action needs at its height, beyond what was there before; in a process of its own, see `alone`."""
     if DEVICE.type == "cuda":
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
@@ -142,7 +143,8 @@ def attention(options):
             if n_images * PER_IMAGE < length:
                 found = times(forms(length, n_images, DTYPES[options.precision]), 5)
                 ratios = {name: found["compact"] / found[name] for name in ("causal", "explicit")}
-                print(f"T = {length}, {n_images} images:", *(f"{name} {1e3 * s:.1f} ms," for name, s in found.items()),
+                print(f"T = {length}, {n_images} images:",
+                      *(f"{name} {1e3 * seconds:.1f} ms," for name, seconds in found.items()),
                       *(f"compact / {name} {ratio:.2f}" for name, ratio in ratios.items()), flush=True)
     for length in (1024, 2048, 4096):
         print(f"T = {length}, half of it images, MB:", *(
@@ -174,7 +176,8 @@ def their_llama(llama: Llama):
     config = transformers.LlamaConfig(**asdict(llama.config), attn_implementation="sdpa")
     with torch.device("meta"):
         theirs = transformers.LlamaForCausalLM(config)
-    weights = {name if name.startswith("lm_head") else f"model.{name}": p for name, p in llama.state_dict().items()}
+    weights = {name if name.startswith("lm_head") else f"model.{name}": p
+               for name, p in llama.state_dict().items()}
     theirs.load_state_dict(weights, assign=True)
     theirs.model.rotary_emb = type(theirs.model.rotary_emb)(config).to(DEVICE)      # made on meta, too
     return theirs.requires_grad_(False).eval()
@@ -198,8 +201,8 @@ def steps(options) -> tuple[dict, float]:
         loss, _ = llama.lm_head(llama(x, kind, read), labels[:, 1:][read[:, :-1]])
         loss.mean().backward()
 
-    # What the step cannot do without: two operations per value and token forward, two for the gradient of the token,
-    # none for that of frozen weights. An image row needs no query, and in the last layer keys and values alone.
+    # What the step cannot do without: two operations per value and token forward, two for the token's gradient, none
+    # for that of frozen weights. An image row needs no query, and in the last layer keys and values alone.
     n_text, n_image, layers = len(text), n_images * PER_IMAGE, config.num_hidden_layers
     layer = sum(p.numel() for p in llama.layers[0].parameters())
     kv = 2 * llama.layers[0].self_attn.k_proj.weight.numel()
@@ -222,7 +225,8 @@ def step(options):
     arguments = ["--precision", options.precision, "--dim", str(options.dim), "--length", str(options.length)]
     ours, theirs = (alone("memory", "--step", name, *arguments, *["--size", options.size] * bool(options.size))
                     for name in ("ours", "transformers"))
-    print(f"memory beyond the weights: ours {ours:.0f} MB, transformers {theirs:.0f} MB, ratio {ours / theirs:.2f}")
+    print(f"memory beyond the weights: ours {ours:.0f} MB, transformers {theirs:.0f} MB, "
+          f"ratio {ours / theirs:.2f}")
 
 
 def memory(options):
@@ -254,7 +258,8 @@ def decode(options, prompt: int = 64, new: int = 64):
             return [token.item() for token in model.generate(ids, kind, None, None, new)]
 
         def transformers():
-            return theirs.generate(ids, attention_mask=kind, max_new_tokens=new, do_sample=False)[0, prompt:].tolist()
+            found = theirs.generate(ids, attention_mask=kind, max_new_tokens=new, do_sample=False)
+            return found[0, prompt:].tolist()
 
         same = sum(a == b for a, b in zip(ours(), transformers()))
         found = times({"ours": ours, "transformers": transformers}, 5)
@@ -262,8 +267,8 @@ def decode(options, prompt: int = 64, new: int = 64):
         limit = bandwidth(read)
         print(f"{options.precision}, width {llama.config.hidden_size}: ours {new / found['ours']:.1f} tokens/s, "
               f"transformers {new / found['transformers']:.1f}, ratio {found['transformers'] / found['ours']:.2f} "
-              f"({same} of {new} tokens the same); {read * new / found['ours'] / 1e9:.1f} of {limit / 1e9:.1f} GB/s, share "
-              f"{read * new / found['ours'] / limit:.2f}", flush=True)
+              f"({same} of {new} tokens the same); {read * new / found['ours'] / 1e9:.1f} of {limit / 1e9:.1f} GB/s, "
+              f"share {read * new / found['ours'] / limit:.2f}", flush=True)
 
 
 # ---- (d) a chat of eight rounds, (e) packing ----
@@ -307,14 +312,16 @@ def chat(options):
 
                 def again():
                     pictures = torch.stack([open_picture(shown, vision.image_size) for shown in files[:i + 1]])
-                    next(model.generate(ids, kind, pictures.to(DEVICE), None, 8))
+                    next(model.generate(ids, kind, pictures.to(DEVICE), None, ANSWER))
 
-                seconds.append((first_token(lambda: list(talk.ask(question, [file], 8))), first_token(again)))
-            seconds.append(tuple(first_token(lambda: list(talk.ask(question, [file], 8))) for file in (files[0], files[8])))
+                seconds.append((first_token(lambda: list(talk.ask(question, [file], ANSWER))), first_token(again)))
+            seconds.append(tuple(first_token(lambda: list(talk.ask(question, [file], ANSWER)))
+                                 for file in (files[0], files[8])))
             found.append(seconds)
     rows = [[median(values) for values in zip(*row)] for row in zip(*found)]
     for i, (kept, anew) in enumerate(rows[:8], 1):
-        print(f"round {i}: first token after {1e3 * kept:.0f} ms, from scratch {1e3 * anew:.0f} ms, ratio {kept / anew:.2f}")
+        print(f"round {i}: first token after {1e3 * kept:.0f} ms, from scratch {1e3 * anew:.0f} ms, "
+              f"ratio {kept / anew:.3f}")
     print(f"then a picture seen before: {1e3 * rows[8][0]:.0f} ms, a new one: {1e3 * rows[8][1]:.0f} ms")
 
 
@@ -335,7 +342,8 @@ def packing(options):
     talks = random.Random(0).sample(read(Path("data/tiny"), ["set2"]), 320)
     with tempfile.TemporaryDirectory() as folder:
         kept = Features(Path(folder), model.vit)
-        kept.fill(list(dict.fromkeys(image for talk in talks for turn in talk.rounds for image in turn.images)), model.vit)
+        pictures = dict.fromkeys(image for talk in talks for turn in talk.rounds for image in turn.images)
+        kept.fill(list(pictures), model.vit)
         rows = list(Conversations(talks, tokenizer, model.vit.config, features=kept))
     groups = [rows[i:i + 16] for i in range(0, len(rows), 16)]
     batches = {"packed": [batch for group in groups for batch in pack(group, 4096)],
@@ -344,7 +352,8 @@ def packing(options):
     found = times({name: lambda given=given: [model(**batch).backward() for batch in given]
                    for name, given in batches.items()}, 5)
     for name, given in batches.items():
-        print(f"{name}: {1 - real / sum(batch['ids'].numel() for batch in given):.1%} of the positions are padding, "
+        positions = sum(batch["ids"].numel() for batch in given)
+        print(f"{name}: {1 - real / positions:.1%} of the positions are padding, "
               f"{real / found[name]:.0f} real positions/s")
     print(f"packed is {found['padded'] / found['packed']:.2f} times as fast")
 
@@ -499,7 +508,7 @@ def main():
     without = {"images": images, "features": features, "loading": loading, "plan": plan}
     parser.add_argument("what", choices=[*with_options, *without, "peak", "rank"])
     parser.add_argument("--precision", choices=list(DTYPES), default="fp32")
-    parser.add_argument("--size", choices=list(LLAMA_2), help="random weights of this size instead of a small model")
+    parser.add_argument("--size", choices=list(LLAMA_2), help="random weights of this size, not of a small model")
     parser.add_argument("--dim", type=int, default=512, help="width of the small model of eight layers")
     parser.add_argument("--length", type=int, default=2048, help="positions of a training step")
     parser.add_argument("--recompute", action="store_true", help="in a training step, as train.py does")
