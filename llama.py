@@ -120,9 +120,9 @@ class Scene:
     layout: Layout
     cos: Tensor                     # (N, 1, D)
     sin: Tensor
-    cache: Cache | None
-    image_kv: Tensor | None         # (layers, 2, M, H_kv, D), see Llama.image_kv; then x holds the text alone
-    keep: list[Tensor] | None       # gets each layer's part of what would be image_kv
+    cache: Cache | None = None
+    image_kv: Tensor | None = None  # (layers, 2, M, H_kv, D), see Llama.image_kv; then x holds the text alone
+    keep: list[Tensor] | None = None    # gets each layer's part of what would be image_kv
 
 
 class Attention(nn.Module):

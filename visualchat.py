@@ -90,7 +90,8 @@ class VisualChat(nn.Module):
         x = self.splice(ids, kind, images)
         if not len(images):     # see a blank: ZeRO-3 ranks gather weights together, so all run the same modules
             x = x + (0 * self.see(images.new_zeros(1, *images.shape[1:]))).sum()
-        answer = F.pad(labels[:, 1:] != IGNORE, (0, 1))     # position t predicts t + 1
+        answer = torch.zeros_like(labels, dtype=torch.bool)
+        answer[:, :-1] = labels[:, 1:] != IGNORE            # position t predicts t + 1
         return self.llama.lm_head(self.llama(x, kind, answer, lengths), labels[:, 1:][answer[:, :-1]])
 
     def forward(self, ids: Tensor, kind: Tensor, labels: Tensor, images: Tensor,

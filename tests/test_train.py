@@ -314,7 +314,7 @@ def test_the_plan_counts_what_a_layer_keeps_for_the_backward_pass(precision, key
     layer = Layer(sizes).to(dtype).requires_grad_(False)
     x = torch.randn(length, 256, dtype=dtype, requires_grad=True)
     where = layout(torch.tensor([[TEXT] * 8 + [IMAGE] * 16 + [TEXT] * (length - 24)]))
-    scene = Scene(where, *rope_table(where.position, 32, 1e4), None, None)
+    scene = Scene(where, *rope_table(where.position, 32, 1e4))
     own = {t.untyped_storage().data_ptr() for t in (*layer.parameters(), scene.cos, scene.sin)}
     kept = {}
 

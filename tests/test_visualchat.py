@@ -96,6 +96,14 @@ def test_without_images_a_large_projection_does_not_overflow_in_float16(model, r
     assert model.half()(**collate([rows[2]])).isfinite()
 
 
+def test_an_empty_batch_loses_nothing_and_has_gradients_of_zero(model, rows):
+    model.freeze()
+    batch = {name: x[:, :0] if x.ndim == 2 else x[:0] for name, x in collate(rows).items() if name != "lengths"}
+    loss = model(**batch, lengths=[0])
+    loss.backward()
+    assert loss == 0 and not any(p.grad.any() for p in model.parameters() if p.requires_grad)
+
+
 def test_without_labels_the_loss_is_exactly_zero(model, rows):
     model.freeze()
     batch = collate(rows)
