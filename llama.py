@@ -374,23 +374,27 @@ class Llama(nn.Module):
     def step(self, x: Tensor, cache: Cache) -> Tensor:
         """The next text token x (1, C) of the only conversation in a cache, to its hidden state (1, C).
 
-        It is what `forward` gives, in as few operations as possible: for a single token, starting one takes longer
-        than doing it, and a vector times a matrix reads memory faster than a matrix of one row.
+        It is what `forward` gives, in as few operations as possible: with a single token, starting an operation
+        takes longer than the operation. A vector times a matrix (mv) reads memory faster than a matrix of one row
+        does. Weights are read past their modules, so they must be whole: not for ZeRO-3.
         """
         cache.expect([1])
         (n_text, n_image), heads, head_dim = cache.past[0], self.config.num_attention_heads, cache.text.shape[-1]
         cos, sin = (table[n_text + n_image] for table in cache.table)                   # (1, D)
         x = x[0]                                                                        # (C)
         for layer, (keys, values), (image,) in zip(self.layers, cache.text[:, 0], cache.image):
-            attn, normed = layer.self_attn, layer.input_layernorm(x)
-            qk = rotate(torch.cat((attn.q_proj(normed), attn.k_proj(normed))).view(-1, head_dim), cos, sin)
-            keys[:, n_text], values[:, n_text] = qk[heads:], attn.v_proj(normed).view(-1, head_dim)
+            attn, mlp, normed = layer.self_attn, layer.mlp, layer.input_layernorm(x)
+            qk = torch.cat((attn.q_proj.weight.mv(normed), attn.k_proj.weight.mv(normed))).view(-1, head_dim)
+            qk = rotate(qk, cos, sin)                                                   # (H + H_kv, D)
+            keys[:, n_text], values[:, n_text] = qk[heads:], attn.v_proj.weight.mv(normed).view(-1, head_dim)
             q = qk[None, :heads, None]                                                  # (1, H, 1, D)
             out = attend(q, keys[None, :, :n_text + 1], values[None, :, :n_text + 1])
             if n_image:
                 out = out + attend(q, *image[:, None, :, :n_image])
-            x = x + attn.o_proj(out.flatten())
-            x = x + layer.mlp(layer.post_attention_layernorm(x))
+            x = x.addmv(attn.o_proj.weight, out.flatten())
+            normed = layer.post_attention_layernorm(x)
+            gated = F.silu(mlp.gate_proj.weight.mv(normed)) * mlp.up_proj.weight.mv(normed)
+            x = x.addmv(mlp.down_proj.weight, gated)
         cache.past = [(n_text + 1, n_image)]
         return self.norm(x)[None]
 

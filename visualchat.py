@@ -122,12 +122,14 @@ class VisualChat(nn.Module):
         read = torch.zeros_like(kind, dtype=torch.bool).flatten().index_fill(0, ends, True).view_as(kind)
         hidden = self.llama(x, kind, read, lengths, cache, image_kv, keep)          # (conversations, C)
         left = self.llama.config.max_position_embeddings - max(map(sum, cache.past))
-        for _ in range(min(max_new_tokens, left)):
+        alone = len(lengths) == 1 and not hasattr(self.llama.norm.weight, "ds_id")          # and not under ZeRO-3
+        for i in range(min(max_new_tokens, left)):
+            if i:
+                x = self.llama.embed_tokens(token)                                  # (conversations, C)
+                hidden = (self.llama.step(x, cache) if alone else
+                          self.llama(x[None], torch.full_like(token, TEXT)[None], None, [1] * len(token), cache))
             token = choose(self.llama.lm_head(hidden), temperature, top_p)
             yield token
-            x = self.llama.embed_tokens(token)                                      # (conversations, C)
-            hidden = (self.llama.step(x, cache) if len(token) == 1 else
-                      self.llama(x[None], torch.full_like(token, TEXT)[None], None, [1] * len(token), cache))
 
 
 def whole_answers(labels: Tensor, right: Tensor) -> Tensor:
