@@ -88,7 +88,7 @@ def test_ctrl_c_in_the_middle_of_a_forward_pass_leaves_a_sound_conversation(chat
         if len(seen) == forward + 1:
             raise KeyboardInterrupt
 
-    hook = chat.model.llama.layers[1].mlp.register_forward_pre_hook(interrupt)     # the cache holds a part already
+    hook = chat.model.llama.layers[1].post_attention_layernorm.register_forward_pre_hook(interrupt)  # the cache holds a part already
     with pytest.raises(KeyboardInterrupt):
         ask(chat, pictures[1:2])
     hook.remove()
@@ -111,7 +111,7 @@ def passes(model):
     given = {"vit": [], "llama": []}
     model.vit.register_forward_pre_hook(lambda _, args: given["vit"].append(len(args[0])))
     width = model.llama.config.hidden_size
-    model.llama.layers[0].mlp.register_forward_pre_hook(
+    model.llama.layers[0].post_attention_layernorm.register_forward_pre_hook(
         lambda _, args: given["llama"].append(args[0].numel() // width))
     return given
 
