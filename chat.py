@@ -3,8 +3,10 @@
     python chat.py examples/a.png examples/b.png                          asks you, round after round
     python chat.py examples/a.png --question "Describe image 1."          answers and ends
 
-A picture can join at any round: name its file in the question. A round costs only its own tokens, because
-the keys and values of earlier ones are kept. Needs no deepspeed. Before: visualchat.py, data.py, train.py.
+A picture can join at any round: name its file in the question. /new starts over, /quit ends.
+
+A round costs only its own tokens, because the keys and values of earlier ones are kept. Needs no deepspeed.
+Before: visualchat.py, data.py, train.py.
 """
 import argparse
 import contextlib
@@ -29,7 +31,7 @@ from vit import open_image, pixels
 with contextlib.suppress(ImportError):
     import readline                                             # line editing and history, where the system has it
 
-HELP = "Ask about the images; name a picture's file to add it. /new starts over, /quit or Ctrl-D ends."
+HELP = "Ask about the images; name a picture's file to add it. /new starts over without any, /quit or Ctrl-D ends."
 
 
 def fingerprint(folder: Path, config: ModelConfig) -> str:
@@ -40,58 +42,67 @@ def fingerprint(folder: Path, config: ModelConfig) -> str:
     return digest.hexdigest()[:16]
 
 
+def digest_of(picture: Path) -> str:
+    return hashlib.sha256(picture.read_bytes()).hexdigest()
+
+
 class Album:
     """Pictures as LLaMA's layers see them under MMCA, which is the same in all conversations and at all places.
 
-    So ViT and LLaMA look at a picture once: the newest stay in memory, all of them in a folder, if one is given.
+    So ViT and LLaMA look at a picture once: the newest stay in memory, all of them in a folder, if one is given. A
+    picture goes by a digest of its bytes. Raises OSError where there can be no such folder.
     """
     NEWEST = 16                     # at 7b one takes 134 MB
 
     def __init__(self, model: VisualChat, folder: Path | None = None):
         self.model, self.folder, self.pages = model, folder, {}
+        if folder:
+            folder.mkdir(parents=True, exist_ok=True)
 
-    def find(self, picture: Path) -> Tensor | None:
-        """Keys and values as Llama.image_kv, (layers, 2, n_queries, H_kv, D); None for a picture that is new.
-
-        Raises ValueError where the folder's file of it holds something else.
-        """
-        digest = hashlib.sha256(picture.read_bytes()).hexdigest()
-        if digest in self.pages or not self.folder or not (file := self.folder / f"{digest}.safetensors").exists():
-            return self.pages.get(digest)
-        found, llama = read_file(file).get("image_kv", torch.empty(0)), self.model.llama.config
-        expected = (llama.num_hidden_layers, 2, self.model.vit.config.n_queries, llama.num_key_value_heads,
-                    llama.hidden_size // llama.num_attention_heads)
-        if found.shape != expected:
-            raise ValueError(f"{file} holds {tuple(found.shape)} instead of keys and values {expected}: delete it")
-        self.pages[digest] = found.to(self.model.projection.weight)
-        return self.pages[digest]
-
-    def add(self, picture: Path, image_kv: Tensor):
-        """Keep what `find` then finds."""
-        digest = hashlib.sha256(picture.read_bytes()).hexdigest()
+    def remember(self, digest: str, image_kv: Tensor) -> Tensor:
         self.pages[digest] = image_kv
         self.pages = dict(list(self.pages.items())[-self.NEWEST:])
+        return image_kv
+
+    def find(self, digest: str) -> Tensor | None:
+        """Keys and values as Llama.image_kv, (layers, 2, n_queries, H_kv, D); None for a picture that is new.
+
+        So is one whose file is damaged: it is looked at, and kept, once more.
+        """
+        if digest in self.pages or not self.folder or not (file := self.folder / f"{digest}.safetensors").is_file():
+            return self.pages.get(digest)
+        llama = self.model.llama.config
+        expected = (llama.num_hidden_layers, 2, self.model.vit.config.n_queries, llama.num_key_value_heads,
+                    llama.hidden_size // llama.num_attention_heads)
+        try:
+            found = read_file(file)["image_kv"]
+        except (ValueError, KeyError):
+            return None
+        return self.remember(digest, found.to(self.model.projection.weight)) if found.shape == expected else None
+
+    def add(self, digest: str, image_kv: Tensor):
+        """Keep what `find` then finds."""
+        self.remember(digest, image_kv)
         if self.folder:
-            self.folder.mkdir(parents=True, exist_ok=True)
             unfinished = self.folder / f"{digest}.{os.getpid()}"
             save_file({"image_kv": image_kv.cpu().contiguous()}, unfinished)
             os.replace(unfinished, self.folder / f"{digest}.safetensors")
 
     @torch.no_grad()
-    def show(self, pictures: list[Path]) -> Tensor | None:
+    def show(self, pictures: list[Path], digests: list[str]) -> Tensor | None:
         """Of pictures in this order, side by side in the third dimension; None if none of them was seen before.
 
         Then they are better read together with the question that brings them. Raises as open_image does.
         """
-        pages = [self.find(picture) for picture in pictures]
-        if all(page is None for page in pages):
+        pages = {digest: self.find(digest) for digest in digests}
+        if all(page is None for page in pages.values()):
             return None
-        for i, picture in enumerate(pictures):
-            if pages[i] is None:
+        for picture, digest in zip(pictures, digests):
+            if pages[digest] is None:
                 image = pixels(open_image(picture), self.model.vit.config.image_size)[None]
-                pages[i] = self.model.image_kv(image.to(self.model.projection.weight.device))
-                self.add(picture, pages[i])
-        return torch.cat(pages, dim=2)
+                pages[digest] = self.model.image_kv(image.to(self.model.projection.weight.device))
+                self.add(digest, pages[digest])
+        return torch.cat([pages[digest] for digest in digests], dim=2)
 
 
 class Chat:
@@ -120,8 +131,9 @@ class Chat:
         limit = model.llama.config.max_position_embeddings
         if len(self.ids) + len(new.ids) >= limit:
             raise ValueError(f"{len(self.ids)} positions and {len(new.ids)} more exceed {limit}: /new starts over")
-        context_free = model.llama.attention == "mmca"          # else what a picture looks like hangs on its place
-        image_kv = self.album.show(files) if context_free else None
+        context_free = model.llama.attention == "mmca"          # else an image's keys depend on what is before it
+        digests = [digest_of(file) for file in files]
+        image_kv = self.album.show(files, digests) if context_free else None
         keep = [] if context_free and image_kv is None else None
         images = tensors(new, vision.image_size)["images"].to(device) if image_kv is None else None
         said, kinds, before = self.ids + new.ids, self.kind + new.kind, self.cache.past
@@ -147,8 +159,8 @@ class Chat:
                 self.kind = kinds + [TEXT] * (len(answer) + 1)
                 self.n_images += len(files)
                 if keep and files:                              # after the answer, which should not wait for it
-                    for file, page in zip(files, torch.stack(keep).split(vision.n_queries, dim=2)):
-                        self.album.add(file, page)
+                    for digest, page in zip(digests, torch.stack(keep).split(vision.n_queries, dim=2)):
+                        self.album.add(digest, page)
             else:                                               # the question was not heard: nothing was said
                 self.cache.past = before
 
@@ -158,7 +170,7 @@ def newest(folder: Path) -> Path:
     results = sorted(folder.glob(f"*/{TRAINED}"), key=lambda path: path.stat().st_mtime)
     if not results:
         raise FileNotFoundError(f"no */{TRAINED} in {folder.absolute()}: train first, "
-                                "`deepspeed train.py --size tiny` takes minutes")
+                                "`python train.py --size tiny` takes minutes")
     return results[-1].parent
 
 
@@ -186,8 +198,11 @@ def parse(line: str, first: int) -> tuple[list[Path], str]:
 
 def show(files: list[Path], first: int) -> list[Path]:
     """Print the pictures with the numbers they will have; raises as open_image does for what is no picture."""
-    for i, file in enumerate(files, first):
+    for file in files:
+        if not file.is_file():
+            raise FileNotFoundError(f"no picture {file}")
         open_image(file)
+    for i, file in enumerate(files, first):                     # none is announced unless all will be there
         print(f"image {i}: {file}")
     return files
 
@@ -216,7 +231,7 @@ def talk(chat: Chat, waiting: list[Path]):
                 return
             if line == "/new":
                 chat, waiting = chat.again(), []
-            elif line.startswith("/") and not Path(line.split()[0]).exists():
+            elif line.startswith("/") and not Path(line.split()[0]).suffix:    # no picture, absent or not
                 print(HELP)
             elif line:
                 waiting = take_turn(chat, line, waiting)
@@ -224,9 +239,10 @@ def talk(chat: Chat, waiting: list[Path]):
             return print()
         except KeyboardInterrupt:                               # ends an answer, not the conversation
             print("\nstopped; /quit or Ctrl-D ends the conversation")
-            waiting = waiting if chat.n_images == before else []        # not yet seen, or part of the cut answer
         except (OSError, ValueError) as error:
             print(error)
+        if chat.n_images != before:                             # the waiting pictures are in, however it ended
+            waiting = []
 
 
 def main():
@@ -237,12 +253,19 @@ def main():
     parser.add_argument("--model", type=Path, help="folder of a training result; default the newest under out/")
     parser.add_argument("--keep", type=Path, help="folder that keeps what LLaMA sees in each picture")
     parser.add_argument("--temperature", type=float, default=0.0, help="0: the likeliest word; 1: by chance")
-    parser.add_argument("--top-p", type=float, default=1.0, help="draw from the likeliest words of this chance")
+    parser.add_argument("--top-p", type=float, default=1.0,
+                        help="with a temperature: draw from the likeliest words that together have this chance")
     options = parser.parse_args()
+    if not 0 <= options.temperature < float("inf"):
+        parser.error(f"--temperature {options.temperature}: expected 0 or more")
+    if not 0 < options.top_p <= 1:
+        parser.error(f"--top-p {options.top_p}: expected more than 0 and at most 1")
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     try:
         folder = options.model or newest(Path("out"))
         model, config = load(folder, torch.float32 if device.type == "cpu" else torch.float16, device)
+        if options.keep and config.attention != "mmca":
+            raise ValueError("--keep needs MMCA: under causal attention what LLaMA sees depends on what was before")
         album = Album(model, options.keep and options.keep / fingerprint(folder, config))
         chat = Chat(model, Tokenizer(towers(config)[0]), album, options.temperature, options.top_p)
         print(f"{folder}: LLaMA-2 {config.size}, {config.attention}, on {device.type}")
@@ -254,6 +277,8 @@ def main():
             waiting = take_turn(chat, line, waiting)
     except (OSError, ValueError) as error:
         sys.exit(f"chat.py: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)                                           # as shells have it
 
 
 if __name__ == "__main__":

@@ -5,8 +5,9 @@
 
 It takes embeddings instead of token ids, because image tokens come from another tower, and it returns the hidden
 states that somebody reads, because only answers need logits. In between, all conversations of a batch are one list
-of N tokens, text first, then image tokens (mmca.py). Every module has its name in the official checkpoint.
-Before: mmca.py, with the attention and the letters for shapes. Next: vit.py.
+of tokens, text first, then image tokens (mmca.py). Every module has its name in the official checkpoint.
+Before: mmca.py, with the attention and the letters for shapes; here also N all tokens of that list, M the image
+tokens among them, R the rows that are read. Next: vit.py.
 """
 import json
 import pickle
@@ -22,7 +23,7 @@ from sentencepiece import SentencePieceProcessor
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from mmca import ATTENTION, IMAGE, PAD, Layout, attend, compact_mmca, layout
+from mmca import ATTENTION, IMAGE, PAD, TEXT, Layout, attend, compact_mmca, layout
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class Cache:
     """Keys (after RoPE) and values of some conversations, so that what was said is not computed again.
 
-    Each conversation has `room` for text tokens, laid out beforehand; that for image tokens doubles as they join.
+    Each conversation has `room` for so many text tokens, laid out beforehand; that for image tokens doubles as they
+    join. All together they can be no more than the model's positions, which the caller looks after.
     """
 
     def __init__(self, llama: "Llama", conversations: int, room: int):
@@ -122,7 +124,7 @@ class Scene:
     sin: Tensor
     cache: Cache | None = None
     image_kv: Tensor | None = None  # (layers, 2, M, H_kv, D), see Llama.image_kv; then x holds the text alone
-    keep: list[Tensor] | None = None    # gets each layer's part of what would be image_kv
+    keep: list[Tensor] | None = None    # collects (2, M, H_kv, D) of each layer, which together are an image_kv
 
 
 class Attention(nn.Module):
@@ -141,7 +143,7 @@ class Attention(nn.Module):
         n = scene.layout.n_text
         q, k, v = (proj(rows).unflatten(-1, (-1, self.head_dim))                          # (N, H or H_kv, D)
                    for proj, rows in ((self.q_proj, x[:n]), (self.k_proj, x), (self.v_proj, x)))
-        own = v[n:].repeat_interleave(q.shape[1] // k.shape[1], dim=1)                    # image tokens' output
+        own = v[n:].repeat_interleave(q.shape[1] // k.shape[1], dim=1)      # image tokens' output; none with image_kv
         if scene.keep is not None:
             scene.keep.append(torch.stack((k[n:], v[n:])))                                # before RoPE
         if scene.image_kv is not None:
@@ -166,6 +168,8 @@ class MLP(nn.Module):
 
 
 class Layer(nn.Module):
+    """Attention, then MLP, each added to what it was given."""
+
     def __init__(self, config: LlamaConfig):
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -242,7 +246,8 @@ def shards(folder: Path, prefix: str) -> list[Path]:
     for single in ("model.safetensors", "pytorch_model.bin"):
         index = folder / f"{single}.index.json"
         if index.exists():
-            weight_map = read_json(index).get("weight_map", {})
+            if not isinstance(weight_map := read_json(index).get("weight_map"), dict):
+                raise ValueError(f"{index} has no weight_map that names files: get it again")
             names = {str(shard) for name, shard in weight_map.items() if name.startswith(prefix)}
             if outside := [name for name in names if Path(name).name != name or name in ("", "..")]:
                 raise ValueError(f"{index} names {outside[0]!r}, which is no file in its folder")
@@ -259,15 +264,17 @@ def shards(folder: Path, prefix: str) -> list[Path]:
 def read_file(path: Path, prefix: str = "") -> dict[str, Tensor]:
     """The tensors of a file whose name starts with `prefix`, memory-mapped: bytes are read when they are copied.
 
-    Raises ValueError where the file is damaged or holds more than tensors.
+    Raises ValueError where the file is damaged, or a pickle holds more than tensors.
     """
     try:
         if path.suffix == ".safetensors":
             with safe_open(path, "pt") as file:
                 return {name: file.get_tensor(name) for name in file.keys() if name.startswith(prefix)}
         pickled = torch.load(path, map_location="cpu", weights_only=True, mmap=True)    # a pickle could run code
+        if not all(isinstance(tensor, Tensor) for tensor in pickled.values()):
+            raise TypeError
         return {name: tensor for name, tensor in pickled.items() if name.startswith(prefix)}
-    except (SafetensorError, RuntimeError, pickle.UnpicklingError, AttributeError) as error:
+    except (SafetensorError, RuntimeError, pickle.UnpicklingError, AttributeError, TypeError) as error:
         raise ValueError(f"{path} is damaged or holds no tensors, get it again: {type(error).__name__}") from error
 
 
@@ -305,16 +312,19 @@ def read_config(path: Path) -> LlamaConfig:
     if not path.exists():
         raise FileNotFoundError(f"no {path}: a LLaMA-2 folder has config.json, shards and tokenizer.model")
     found = read_json(path)
-    found |= found.get("rope_parameters") or {}         # where transformers 5 writes rope_theta and rope_type
+    rope = found.get("rope_parameters")                 # where transformers 5 writes rope_theta and rope_type
+    found |= rope if isinstance(rope, dict) else {}
     for name, only in (("model_type", "llama"), ("hidden_act", "silu"), ("rope_scaling", None),
                        ("rope_type", "default"), ("tie_word_embeddings", False), ("attention_bias", False),
                        ("mlp_bias", False)):
         if found.get(name, only) != only:
             raise ValueError(f"{path}: {name} is {found[name]!r}, a LLaMA-2 has {only!r}")
     found.setdefault("num_key_value_heads", found.get("num_attention_heads"))     # absent in old 7b and 13b files
-    names = [field.name for field in fields(LlamaConfig)]
+    sizes = {field.name: found[field.name] for field in fields(LlamaConfig) if field.name in found}
+    if bad := [f"{name} {size!r}" for name, size in sizes.items() if type(size) not in (int, float) or size <= 0]:
+        raise ValueError(f"{path} has {', '.join(bad)}, expected positive numbers")
     try:
-        return LlamaConfig(**{name: found[name] for name in names if name in found})
+        return LlamaConfig(**sizes)
     except TypeError as error:
         raise ValueError(f"{path} lacks a size: {error}") from error
 
@@ -354,20 +364,26 @@ class Llama(nn.Module):
                 keep: list[Tensor] | None = None) -> Tensor:
         """Embeddings x (B, T, C) and kind (B, T) to hidden states (R, C) after the final norm.
 
-        They are those of the R positions where read (B, T) is true, row after row; by default of all but padding.
-        Each row is a conversation, or `lengths` are those of the conversations that lie in the rows one after the
-        other. With a cache they go on from what is in it. With image_kv, from the method of that name, x is not
-        looked at where kind is IMAGE; without it, a list `keep` gets its layers. Raises ValueError where the cache
-        is full.
+        They are those of the R positions where read (B, T) is true, row after row; by default of all that x has a
+        token for. Each row is a conversation, or `lengths` are those of the conversations that lie in the rows one
+        after the other. With a cache they go on from what is in it.
+
+        image_kv, from the method of that name, stands for the image tokens: x is not looked at where kind is IMAGE.
+        Without it, `keep`, an empty list, collects what image_kv would be, a layer at a time: torch.stack(keep).
+        Raises ValueError where the cache is full, or image_kv and the places for it differ in number.
         """
         kind = ATTENTION[self.attention](kind)
         where = layout(kind, lengths, cache and cache.past)
         if cache:
             cache.expect([talk.text for talk in where.talks])
+        if image_kv is not None and image_kv.shape[2] != (places := len(where.place) - where.n_text):
+            raise ValueError(f"keys and values of {image_kv.shape[2]} image tokens for {places} places")
         place = where.place if image_kv is None else where.place[:where.n_text]
-        row = torch.empty(kind.numel(), dtype=torch.long, device=kind.device)       # of each position among the N
+        row = torch.empty(kind.numel(), dtype=torch.long, device=kind.device)   # where in the list a position is
         row[where.place] = torch.arange(len(where.place), device=kind.device)
-        read = row[(kind != PAD if read is None else read).flatten()]
+        if read is None:
+            read = kind != PAD if image_kv is None else kind == TEXT
+        read = row[read.flatten()]                                          # from a mask to the numbers of rows
         return self.through_layers(x.flatten(0, 1).index_select(0, place), where, read, cache, image_kv, keep)
 
     @torch.no_grad()
@@ -402,8 +418,11 @@ class Llama(nn.Module):
     def image_kv(self, x: Tensor) -> Tensor:
         """Keys before RoPE and values of image tokens x (M, C) in all layers: (layers, 2, M, H_kv, D).
 
-        Under MMCA they depend on nothing else, so they serve wherever and whenever the image is shown.
+        Under MMCA they depend on nothing else, so they serve wherever and whenever the image is shown; under causal
+        attention they hang on what came before, and ValueError is raised.
         """
+        if self.attention != "mmca":
+            raise ValueError(f"under {self.attention} attention an image's keys and values depend on what is before")
         where, keep = layout(torch.full((1, len(x)), IMAGE, device=x.device)), []
         self.through_layers(x, where, where.place[:0], keep=keep)
         return torch.stack(keep)
@@ -438,11 +457,14 @@ class Tokenizer:
         path = Path(folder) / "tokenizer.model"
         if not path.exists():
             raise FileNotFoundError(f"no {path}: it comes with the LLaMA-2 weights")
-        self.model = SentencePieceProcessor(model_file=str(path))
+        try:
+            self.model = SentencePieceProcessor(model_file=str(path))
+        except RuntimeError as error:
+            raise ValueError(f"{path} is no sentencepiece model, get it again: {error}") from error
         self.bos, self.eos = self.model.bos_id(), self.model.eos_id()
 
     def encode(self, text: str) -> list[int]:
-        return self.model.encode(text)
+        return self.model.encode(text.encode(errors="replace").decode())    # a terminal's stray byte becomes "?"
 
     def decode(self, ids: list[int]) -> str:
         return self.model.decode(ids)

@@ -5,11 +5,14 @@ at the image tokens before it, so that long images and short questions do not co
 
     MMCA(Q, K, V) = softmax(QKᵀ ⊙ M1) V + softmax(QKᵀ ⊙ M2) V
 
-⊙ hides: where M is 0 the score counts as minus infinity, and a query that may look at nothing gets 0.
-`python mmca.py` prints M for the paper's own sentence, `python mmca.py figure4.png` draws it. Next file: llama.py.
+M1 and M2 are 1 where a query (row) may look at a key (column), M1 at text or at itself, M2 from text to images. ⊙
+hides: where they are 0 the score counts as minus infinity, and a query that may look at nothing gets 0. (The usual
+factor 1/√D of the scores is left out here, not in the code.)
+`python mmca.py` prints both as one matrix for the paper's own sentence, `python mmca.py figure4.png` draws it.
+Next file: llama.py.
 
-Shapes, in every file: B batch, T queries, S keys (S = past + T), H heads, D head width, C model width,
-N images, P patches.
+Shapes, in every file: B batch, T queries, S keys (S = past + T), H heads, H_kv heads of keys and values, D head
+width, C model width. N images, P patches; once a batch is taken apart (`layout`), N is all of its tokens.
 """
 import sys
 from collections.abc import Callable
@@ -66,17 +69,22 @@ def mmca(q: Tensor, k: Tensor, v: Tensor, kind: Tensor, past: int = 0) -> Tensor
     return out.flatten(1, 2).to(k.dtype)                                    # (B, H, T, D)
 
 
+def all_text(kind: Tensor) -> Tensor:
+    """The kind of causal attention: image tokens count as text."""
+    return kind.clamp(max=TEXT)
+
+
 def causal(q: Tensor, k: Tensor, v: Tensor, kind: Tensor, past: int = 0) -> Tensor:
     """Causal attention, the paper's baseline: all tokens count as text, so M1 is all there is. Shapes as above."""
     return mmca(q, k, v, all_text(kind), past)
 
 
-# ---- the same, without the work that nobody reads: what llama.py uses ----
+# ---- the same without needless work: what llama.py uses ----
 
-# An image token's output is its own value, whatever its query. So text and image tokens are taken apart: text
-# looks at text alone, in its own order, which is plain causal attention; and each run of text between two images
-# looks at all images before it, which needs no mask. Both are what torch's fused kernel does best, and M is never
-# built.
+# An image token looks at one key, its own, and a softmax over one key is 1: its output is its own value, whatever
+# its query. So text and image tokens are taken apart: text looks at text alone, in its own order, which is plain
+# causal attention; and each run of text between two images looks at all images before it, which needs no mask.
+# Both are what torch's fused kernel does best, and M is never built.
 
 @dataclass(frozen=True)
 class Talk:
@@ -115,9 +123,12 @@ def layout(kind: Tensor, lengths: list[int] | None = None, past: list[tuple[int,
     return Layout(place.to(kind.device), torch.cat(position)[place].to(kind.device), talks)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, **which) -> Tensor:
-    """torch's fused softmax(QKᵀ / sqrt(D)) V, scores in float32; heads of a group share a key (GQA)."""
-    return F.scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[1] != k.shape[1], **which)
+def attend(q: Tensor, k: Tensor, v: Tensor, **mask) -> Tensor:
+    """torch's fused softmax(QKᵀ / sqrt(D)) V, scores in float32; heads of a group share a key (GQA).
+
+    mask: attn_mask or is_causal, as torch has them; without, every query looks at every key.
+    """
+    return F.scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[1] != k.shape[1], **mask)
 
 
 def look_back(q: Tensor, text: tuple[Tensor, Tensor], image: tuple[Tensor, Tensor], runs: list) -> Tensor:
@@ -127,6 +138,7 @@ def look_back(q: Tensor, text: tuple[Tensor, Tensor], image: tuple[Tensor, Tenso
     the past included; runs as in Talk. Returns (1, H, T, D).
     """
     new, past = q.shape[2], text[0].shape[2] - q.shape[2]
+    # With a past, is_causal would count from the wrong end; a single new token looks at all, which needs no mask.
     mask = q.new_ones(new, past + new, dtype=torch.bool).tril(past) if past and new > 1 else None
     out = attend(q, *text, attn_mask=mask, is_causal=not past)
     if not image[0].shape[2] or not new:
@@ -140,7 +152,8 @@ def compact_mmca(q: Tensor, k: Tensor, v: Tensor, layout: Layout, extend: Callab
     """What `mmca` gives the text of all conversations, (n_text, H, D); image tokens get their own values.
 
     q (n_text, H, D) and k, v (N, H_kv, D) of the new tokens, q and k after RoPE, all as `layout` has them. extend:
-    what a KV cache makes of a conversation's new keys and values, of text and of images: those of its past, too.
+    a KV cache's function from a conversation's number and its new keys and values, of text and of image tokens, to
+    those of its past and the new ones, as Cache.extend in llama.py.
     """
     texts, images = [talk.text for talk in layout.talks], [talk.image for talk in layout.talks]
     q, k, v = (x.transpose(0, 1)[None].split(sizes, dim=2)                      # of (1, H, tokens, D)
@@ -154,12 +167,7 @@ def compact_mmca(q: Tensor, k: Tensor, v: Tensor, layout: Layout, extend: Callab
     return torch.cat(out)
 
 
-def all_text(kind: Tensor) -> Tensor:
-    """The kind of causal attention: image tokens count as text."""
-    return kind.clamp(max=TEXT)
-
-
-ATTENTION = {"mmca": lambda kind: kind, "causal": all_text}     # name: what it takes each token for
+ATTENTION = {"mmca": lambda kind: kind, "causal": all_text}     # name: the kind that it makes of each token's kind
 
 
 # ---- Figure 4, to look at ----

@@ -1,7 +1,9 @@
 """The assembled model: frozen ViT ─► trained projection ─► among word embeddings ─► frozen LLaMA-2 with MMCA.
 
-    ids      ###  Image  1  :   ·    ·    ·    ###  Question  :  …        · a place without a token id
-    kind      T     T    T  T   I    I    I     T      T      T           its embedding is a projected image token
+    ids      ###  Image  1  :   ·    ·    ·    ###  Question  :  …
+    kind      T     T    T  T   I    I    I     T      T      T
+
+A place with · has no token id: its embedding is a projected image token.
 
 Trained are the projection and LLaMA's token embedding, and only they are saved (DeepSpeed-VisualChat, section 3).
 Before: mmca.py, llama.py, vit.py. Next file: data.py, which makes ids, kind, labels and images.
@@ -21,17 +23,20 @@ from llama import Cache, Llama, check, read_file, read_json
 from mmca import ATTENTION, IMAGE, TEXT
 from vit import VisionTransformer
 
-IGNORE = -100                   # the label of a position whose prediction nobody scores
+IGNORE = -100                   # the label of a position that is no part of an answer, so nobody scores it
 TRAINED, CONFIG = "trained.safetensors", "config.json"      # what a training result consists of
+HERE = Path(__file__).parent
 
 
 def choose(logits: Tensor, temperature: float, top_p: float) -> Tensor:
     """Ids (B) by logits (B, vocabulary): the likeliest at temperature 0, else drawn from the likeliest tokens that
-    together have the chance top_p.
+    together have the chance top_p. temperature is not negative, top_p above 0 and at most 1.
     """
     if temperature == 0:
         return logits.argmax(-1)
-    chance, ids = (logits.float() / temperature).softmax(-1).sort(descending=True)
+    logits = logits.float()
+    scores = (logits - logits.amax(-1, keepdim=True)) / temperature         # at most 0: none becomes infinite
+    chance, ids = scores.softmax(-1).sort(descending=True)
     chance = chance.masked_fill(chance.cumsum(-1) - chance > top_p, 0)              # the first one always stays
     return ids.gather(-1, chance.multinomial(1))[:, 0]
 
@@ -67,16 +72,16 @@ class VisualChat(nn.Module):
         images = images.to(self.vit.conv1.weight.dtype)
         return self.projection(images if images.ndim == 3 else self.vit(images))    # (N, n_queries, C)
 
-    def splice(self, ids: Tensor, kind: Tensor, images: Tensor) -> Tensor:
+    def splice(self, ids: Tensor, kind: Tensor, images: Tensor | None) -> Tensor:
         """Embeddings (B, T, C): words by ids (B, T); where kind (B, T) is IMAGE, the images in order, as in `see`.
 
         Raises ValueError unless the places for image tokens are as many as the images fill.
         """
         x = self.llama.embed_tokens(ids)
-        places, n = kind == IMAGE, self.vit.config.n_queries
-        if (found := int(places.sum())) != len(images) * n:
-            raise ValueError(f"{found} places for image tokens, but {len(images)} images of {n} tokens each")
-        if len(images):
+        places, n, count = kind == IMAGE, self.vit.config.n_queries, 0 if images is None else len(images)
+        if (found := int(places.sum())) != count * n:
+            raise ValueError(f"{found} places for image tokens, but {count} images of {n} tokens each")
+        if count:
             x[places] = self.see(images).flatten(0, 1)      # row after row, left to right: image 1 comes first
         return x
 
@@ -108,17 +113,18 @@ class VisualChat(nn.Module):
     def generate(self, ids: Tensor, kind: Tensor, images: Tensor | None, lengths: list[int] | None = None,
                  max_new_tokens: int = 512, cache: Cache | None = None, image_kv: Tensor | None = None,
                  temperature: float = 0.0, top_p: float = 1.0, keep: list | None = None) -> Iterator[Tensor]:
-        """The next token of every conversation, again and again: yields ids (conversations), to the context's end.
+        """The next token of every conversation, again and again: yields ids (conversations), to the context's end
+        or max_new_tokens.
 
         ids, kind (B, T) and lengths as in `score`, each conversation ending in text, and going on where the cache
-        stands, if one is given. image_kv, from that method, may stand for images; else a list `keep` gets its
-        layers. The caller decides when to stop: conversations end at different times, and under ZeRO-3 all ranks
-        must end together.
+        stands, if one is given; it then holds all but the last token that was yielded. image_kv, from that method,
+        may stand for images; without it, an empty list `keep` collects it, as in `Llama.forward`. The caller
+        decides when to stop: conversations end at different times, and under ZeRO-3 all ranks must end together.
         """
         lengths = lengths or [ids.shape[1]] * len(ids)
         ends = torch.tensor(lengths, device=ids.device).cumsum(0) - 1
         cache = cache or Cache(self.llama, len(lengths), max(lengths) + max_new_tokens)
-        x = self.llama.embed_tokens(ids) if images is None else self.splice(ids, kind, images)
+        x = self.llama.embed_tokens(ids) if image_kv is not None else self.splice(ids, kind, images)
         read = torch.zeros_like(kind, dtype=torch.bool).flatten().index_fill(0, ends, True).view_as(kind)
         hidden = self.llama(x, kind, read, lengths, cache, image_kv, keep)          # (conversations, C)
         left = self.llama.config.max_position_embeddings - max(map(sum, cache.past))
@@ -166,20 +172,23 @@ REPOSITORIES = {                # size: where LLaMA and the ViT are published
 
 
 def find(repository: str) -> Path:
-    """The folder with a repository's weights: `weights/<name>`, or the newest in Hugging Face's own cache.
+    """The folder with a repository's weights: `weights/<name>` here or beside this file, or the newest in Hugging
+    Face's own cache.
 
     Raises FileNotFoundError that names the folders looked for and the command that fetches the weights.
     """
-    local = Path("weights") / (repository if repository.startswith("tiny/") else Path(repository).name)
+    name = repository if repository.startswith("tiny/") else Path(repository).name
+    local, beside = Path("weights") / name, HERE / "weights" / name
     home = Path(os.environ.get("HF_HOME", Path.home() / ".cache/huggingface"))
     hub = Path(os.environ.get("HF_HUB_CACHE", home / "hub"))
     cached = hub / f"models--{repository.replace('/', '--')}" / "snapshots"
-    for folder in (local, *sorted(cached.glob("*"), key=os.path.getmtime, reverse=True)):
+    for folder in (local, beside, *sorted(cached.glob("*"), key=os.path.getmtime, reverse=True)):
         if (folder / CONFIG).exists():
             return folder
+    twice = " --exclude '*.bin'" if "Llama" in repository else ""      # holds its weights in both formats
     how = ("python shapes.py --pretrain" if repository.startswith("tiny/") else
-           f"hf download {repository} --local-dir {local}   (a license may have to be accepted on its page first)")
-    raise FileNotFoundError(f"no weights of {repository}: looked for {local.absolute()} and {cached}. "
+           f"hf download {repository}{twice} --local-dir {local}   (a license may have to be accepted on its page first)")
+    raise FileNotFoundError(f"no weights of {repository}: looked for {local.absolute()}, {beside} and {cached}. "
                             f"Get them with\n    {how}")
 
 
@@ -225,7 +234,8 @@ def load(folder: Path, dtype=torch.float32, device="cpu") -> tuple[VisualChat, M
     """
     for name in (TRAINED, CONFIG):
         if not (folder / name).exists():
-            raise FileNotFoundError(f"no {folder / name}: train first, `deepspeed train.py --size tiny`")
+            raise FileNotFoundError(f"no {folder / name}: not the folder of a training result, or its first epoch "
+                                    "has not ended; `python train.py --size tiny` makes out/tiny")
     found = read_json(folder / CONFIG)
     if unknown := set(found) - {field.name for field in fields(ModelConfig)}:
         raise ValueError(f"{folder / CONFIG} has unknown settings: {', '.join(sorted(unknown))}")

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from sentencepiece import SentencePieceTrainer
 
-from llama import LLAMA_2, Cache, Head, Llama, LlamaConfig, RMSNorm, Tokenizer
+from llama import LLAMA_2, Cache, Head, Llama, LlamaConfig, RMSNorm, Tokenizer, read_file
 from mmca import ATTENTION, IMAGE, PAD, TEXT
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -289,6 +289,31 @@ def test_the_rope_base_is_read(folder, config):
     assert Llama.from_pretrained(folder(config=config)).config.rope_theta == 500
 
 
+@pytest.mark.parametrize("config, message", [
+    ({"hidden_size": "48"}, "hidden_size '48'"), ({"num_attention_heads": 0}, "num_attention_heads 0"),
+    ({"rope_parameters": [1]}, None)])
+def test_a_config_holds_positive_numbers(folder, config, message):
+    path = folder(config=config)
+    if message is None:
+        Llama.from_pretrained(path)                             # what is no table has no rope_theta to give
+    else:
+        with pytest.raises(ValueError, match=f"config.json has {message}, expected positive"):
+            Llama.from_pretrained(path)
+
+
+def test_an_index_without_a_table_is_refused(folder):
+    path = folder()
+    (path / "model.safetensors.index.json").write_text('{"weight_map": ["model.safetensors"]}')
+    with pytest.raises(ValueError, match="no weight_map"):
+        Llama.from_pretrained(path)
+
+
+def test_a_pickle_of_something_else_is_refused(tmp_path):
+    torch.save({"lm_head.weight": 3}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="holds no tensors"):
+        read_file(tmp_path / "pytorch_model.bin")
+
+
 @pytest.mark.parametrize("absent", ["config.json", "model.safetensors"])
 def test_absent_files_are_named(folder, tmp_path, absent):
     (folder() / absent).unlink()
@@ -343,8 +368,15 @@ def test_no_text_turns_into_bos_or_eos(tokenizer):
     assert not {1, 2} & set(tokenizer.encode("<s>Please describe</s> <s> the image.</s>"))
 
 
-def test_a_missing_tokenizer_is_named(tmp_path):
+def test_a_stray_byte_becomes_a_question_mark(tokenizer):
+    assert tokenizer.decode(tokenizer.encode("a\udcffb")) == "a?b"
+
+
+def test_a_missing_or_damaged_tokenizer_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="tokenizer.model"):
+        Tokenizer(tmp_path)
+    (tmp_path / "tokenizer.model").write_text("x")
+    with pytest.raises(ValueError, match="tokenizer.model is no sentencepiece model"):
         Tokenizer(tmp_path)
 
 

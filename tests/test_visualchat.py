@@ -215,6 +215,19 @@ def test_two_rounds_with_one_cache_equal_the_whole_at_once(model, rows):
     assert torch.equal(found, generated(model, collate(whole), 6))
 
 
+def test_image_tokens_and_what_fills_their_places_are_as_many(model, rows):
+    batch = questions(rows)
+    ids, kind, lengths, image_kv = batch["ids"], batch["kind"], batch["lengths"], model.image_kv(batch["images"])
+    for given in (None, image_kv[:, :, 4:]):
+        with pytest.raises(ValueError, match="places"):
+            next(model.generate(ids, kind, None, lengths, 8, image_kv=given))
+    read = model.llama(model.llama.embed_tokens(ids), kind, None, lengths, image_kv=image_kv)
+    assert len(read) == int((kind == TEXT).sum())               # by default all that was given
+    model.llama.attention = "causal"
+    with pytest.raises(ValueError, match="causal attention"):
+        model.image_kv(batch["images"])
+
+
 def test_keys_and_values_made_once_stand_for_the_images(model, rows):
     batch = questions(rows)
     ids, kind, lengths = batch["ids"], batch["kind"], batch["lengths"]
@@ -226,7 +239,8 @@ def test_sampling_draws_from_the_likeliest_tokens_by_their_chances():
     torch.manual_seed(0)
     logits = torch.tensor([0.5, 0.1, 0.3, 0.1]).log().expand(20_000, 4)
     for temperature, top_p, expected in ((0, 1, [1, 0, 0, 0]), (1, 1, [.5, .1, .3, .1]), (1, .6, [.625, 0, .375, 0]),
-                                         (.5, 1, [25 / 36, 1 / 36, 9 / 36, 1 / 36]), (1, .001, [1, 0, 0, 0])):
+                                         (.5, 1, [25 / 36, 1 / 36, 9 / 36, 1 / 36]), (1, .001, [1, 0, 0, 0]),
+                                         (1e-45, 1, [1, 0, 0, 0])):
         share = choose(logits, temperature, top_p).bincount(minlength=4) / len(logits)
         assert share.tolist() == pytest.approx(expected, abs=0.015)
 
@@ -278,6 +292,7 @@ def test_damaged_foreign_and_absent_results_are_named(model, config, tmp_path):
 def nowhere(monkeypatch, tmp_path):
     """A working folder without weights, and the snapshots of Hugging Face's cache there."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("visualchat.HERE", tmp_path / "code")
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
     return tmp_path / "hf/hub/models--Qwen--Qwen-VL/snapshots"
 
@@ -289,6 +304,12 @@ def test_absent_weights_are_named_with_the_command_that_gets_them(nowhere, tmp_p
         assert str(text) in str(error.value)
     with pytest.raises(FileNotFoundError, match="python shapes.py"):
         find("tiny/llama")
+
+
+def test_weights_beside_the_code_are_found_from_any_folder(nowhere, tmp_path):
+    (tmp_path / "code/weights/tiny/llama").mkdir(parents=True)
+    (tmp_path / "code/weights/tiny/llama/config.json").touch()
+    assert find("tiny/llama") == tmp_path / "code/weights/tiny/llama"
 
 
 def test_the_newest_snapshot_is_found_and_a_local_folder_before_it(nowhere, tmp_path):
