@@ -48,15 +48,16 @@ from data import (COCO, DIALOGUE, RECIPES, SOURCES, Conversations, Features, Rea
                   pack, read, split, tensors)
 from llama import CHUNK, LLAMA_2, Layer, LlamaConfig, Tokenizer, read_json
 from mmca import ATTENTION
-from visualchat import (IGNORE, REPOSITORIES, ModelConfig, VisualChat, build, readable, save, towers,
+from visualchat import (IGNORE, REPOSITORIES, TRAINED, ModelConfig, VisualChat, build, readable, save, towers,
                         whole_answers)
 from vit import VisionConfig, VisionTransformer
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
-def option(default, help: str, choices: list | None = None):
-    return field(default=default, metadata={"help": help, "choices": choices})
+def option(default, help: str, choices: list | None = None, least: float | None = None):
+    """A setting of the command line: one of `choices`, or a number that is not below `least`."""
+    return field(default=default, metadata={"help": help, "choices": choices, "least": least})
 
 
 @dataclass(frozen=True)
@@ -75,14 +76,14 @@ class Options:
     cache_features: str = option("", "folder that keeps what the ViT makes of each picture; it runs once")
     seed: int = option(0, "of the validation split, the order and the projection's first values")
     # How?
-    epochs: int = option(0, "passes over the data; default 4 for tiny, else as the paper for this mixture")
-    batch: int = option(0, "conversations per step, over all ranks; default 16 for tiny, else 128")
+    epochs: int = option(0, "passes over the data; default 4 for tiny, else as the paper for this mixture", least=1)
+    batch: int = option(0, "conversations per step, over all ranks; default 16 for tiny, else 128", least=1)
     positions: int = option(4096, "positions that a rank computes at a time, filled with whole conversations; "
-                                  "longer ones lose their last rounds")
-    lr: float = option(0.0, "peak rate, a tenth of the steps on; then a cosine; default 2e-3 for tiny, else 1e-3")
-    embedding_lr: float = option(0.0, "peak learning rate of the token embedding; default that of --lr")
-    workers: int = option(2, "processes per rank that open pictures")
-    exam: int = option(240, "dialogues of each test set to answer after training the tiny size; 0: none")
+                                  "longer ones lose their last rounds", least=1)
+    lr: float = option(0.0, "peak rate, a tenth of the steps on; then a cosine; default 2e-3 for tiny, else 1e-3", least=0)
+    embedding_lr: float = option(0.0, "peak learning rate of the token embedding; default that of --lr", least=0)
+    workers: int = option(2, "processes per rank that open pictures", least=0)
+    exam: int = option(240, "dialogues of each test set to answer after training the tiny size; 0: none", least=0)
     # Where?
     zero: int = option(3, "ZeRO stage: what the ranks share out among them", [0, 1, 2, 3])
     precision: str = option("", "default fp16 on a GPU, fp32 on a CPU", ["fp16", "bf16", "fp32"])
@@ -92,15 +93,15 @@ class Options:
     deepspeed_config: str = option("", "JSON file laid over the settings that DeepSpeed gets from here")
     show_config: bool = option(False, "print those settings and end")
     out: str = option("", "folder for the result; default out/<size>")
-    save_steps: int = option(100, "steps between checkpoints for --resume; each epoch ends with one, too")
-    keep: int = option(2, "how many of the newest checkpoints to keep")
+    save_steps: int = option(100, "steps between checkpoints for --resume; each epoch ends with one, too", least=1)
+    keep: int = option(2, "how many of the newest checkpoints to keep", least=1)
     resume: bool = option(False, "go on where a run into the same folder was stopped or killed")
     monitor: tuple[str, ...] = option((), "who else is told the figures, through DeepSpeed",
                                       ["tensorboard", "wandb", "csv_monitor"])
     plan: bool = option(False, "print what each GPU will hold and how much there is to compute, and end")
-    gpus: int = option(8, "how many GPUs --plan plans for")
+    gpus: int = option(8, "how many GPUs --plan plans for", least=1)
     gpu_memory: float = option(80.0, "what each of them has, in 10^9 bytes")
-    length: int = option(1024, "positions of a conversation that --plan expects, a third of them answers")
+    length: int = option(1024, "positions of a conversation that --plan expects, a third of them answers", least=1)
     local_rank: int = option(0, "set by the launcher")
 
 
@@ -129,7 +130,12 @@ def command_line() -> Options:
                 dict(nargs="+", type=str) if isinstance(f.default, tuple) else dict(type=type(f.default)))
         parser.add_argument(*flags, default=f.default, help=f.metadata["help"], **kind,
                             **({"choices": f.metadata["choices"]} if f.metadata["choices"] else {}))
-    return for_size(Options(**vars(parser.parse_args())))
+    options = for_size(Options(**vars(parser.parse_args())))
+    for f in fields(Options):
+        if f.metadata["least"] is not None and getattr(options, f.name) < f.metadata["least"]:
+            parser.error(f"--{f.name.replace('_', '-')} {getattr(options, f.name)}: "
+                         f"expected {f.metadata['least']} or more")
+    return options
 
 
 # ---- DeepSpeed ----
@@ -418,12 +424,16 @@ def load_checkpoint(engine, options: Options, progress: dict):
 # ---- the loop ----
 
 class Stop:
-    """Whether somebody asked this process to end, by Ctrl-C or SIGTERM."""
+    """Within `with`, Ctrl-C and SIGTERM do not end the process: they are noted, so that it can end in good order."""
 
-    def __init__(self):
+    def __enter__(self) -> "Stop":
         self.asked = False
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.ask)
+        self.before = {number: signal.signal(number, self.ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
     def ask(self, number, frame):
         self.asked = True
@@ -706,15 +716,15 @@ def end_epoch(engine, train: Conversations, held_out: Conversations, options: Op
 
 
 def fit(engine, train: Conversations, held_out: Conversations, options: Options, config: ModelConfig,
-        progress: dict | None) -> bool:
+        progress: dict | None, stop: Stop) -> bool:
     """Train to the end, from `progress` on if given; returns whether it got there, or was asked to stop.
 
     Raises ValueError where the loss is no number any more; what was written before stays.
     """
-    rank, ranks, stop = dist.get_rank(), dist.get_world_size(), Stop()
+    rank, ranks = dist.get_rank(), dist.get_world_size()
     progress = progress or dict(step=0, best=math.inf, saved=[])
     rows = read_log(Path(options.out) / "log.csv", progress["step"])
-    Path(options.out).mkdir(parents=True, exist_ok=True)
+    (Path(options.out) / "checkpoints").mkdir(parents=True, exist_ok=True)      # it goes when the run has ended
     started = time.time() - (rows[-1]["seconds"] if rows else 0)
     steps = len(train) // options.batch                         # what fills no batch is left for another epoch
     own = share(options, ranks)                                 # conversations of a step
@@ -741,42 +751,55 @@ def fit(engine, train: Conversations, held_out: Conversations, options: Options,
             if rank == 0:
                 bar.write(message)
             keep(engine, options, progress, rows)
-            if stopping and epoch < options.epochs:
+            if stop.agreed(engine):
                 return False
     return True
 
 
-def run(options: Options):
-    """Everything, in order; raises ValueError or FileNotFoundError where options, weights or data do not fit."""
+def run(options: Options) -> bool:
+    """Everything, in order; returns whether it got to the end, or was asked to stop.
+
+    Raises ValueError or FileNotFoundError where options, weights or data do not fit.
+    """
     check_precision(options.precision)
     share(options, dist.get_world_size())                       # complains before anything takes time
     if options.show_config:
         if dist.get_rank() == 0:
             print(json.dumps(settings_for(options, dist.get_world_size()), indent=2))
-        return
-    progress = latest(options)
+        return True
+    progress, out = latest(options), Path(options.out)
+    if options.resume and not progress:
+        ended = (out / TRAINED).exists() and not (out / "checkpoints").exists()
+        if dist.get_rank() == 0:
+            print(f"{out} holds a run that has ended; without --resume another one begins" if ended else
+                  f"{out} holds no checkpoint: the run starts at its beginning")
+        if ended:
+            return True
     model, config, tokenizer = prepare(options)
     train, held_out = load_data(options, config, tokenizer, model)
     universal = bool(progress) and progress["ranks"] != dist.get_world_size()
     engine = engine_for(model, options, len(train) // options.batch * options.epochs, universal)
     if progress:
         load_checkpoint(engine, options, progress)
-    if not fit(engine, train, held_out, options, config, progress):
+    with Stop() as stop:
+        ended = fit(engine, train, held_out, options, config, progress, stop)
+    if not ended:
         if dist.get_rank() == 0:
             print(f"stopped; the same command with --resume goes on from {options.out}")
-        return
+        return False
     if options.exam and (Path(options.data) / shapes.TESTS[0]).exists():
         table = exam(engine, tokenizer, Path(options.data), options.exam)
         if dist.get_rank() == 0:
-            write_csv(table, Path(options.out) / "eval.csv")
+            write_csv(table, out / "eval.csv")
             print("fresh drawings, one or several images shown: share of answers right word for word,\n"
                   "after the true rounds before (exact), as a first question (alone), with gray pictures (blind)")
             for line in (table[0], *(row.values() for row in table)):
                 print("  ".join(f"{value:<11}" for value in line))
     if dist.get_rank() == 0:
-        shutil.rmtree(Path(options.out) / "checkpoints")        # the run is over
+        shutil.rmtree(out / "checkpoints")                      # the run is over
         print(f"{options.out} holds the result; log.csv and loss.png show how it came about. Talk to it with\n"
               f"    python chat.py --model {options.out} examples/a.png examples/b.png")
+    return True
 
 
 def end_workers():
@@ -794,16 +817,19 @@ def main():
             print(plan(options))
             return
         start()
-        run(options)
+        ended = run(options)
     except (OSError, ValueError) as error:
         message = str(error)
         if message.startswith("Caught"):                        # in a worker: leave its traceback out
             message = message.strip().rpartition("ValueError: ")[2]
         sys.exit(f"train.py: {message}")
+    except KeyboardInterrupt:                                   # before or after the steps, where nothing is lost
+        sys.exit(130)
     finally:
         end_workers()
     dist.barrier()
     dist.destroy_process_group()
+    sys.exit(0 if ended else 130)                               # 130: stopped by hand, as shells have it
 
 
 if __name__ == "__main__":

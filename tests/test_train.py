@@ -189,6 +189,44 @@ def test_a_stopped_run_goes_on_with_another_number_of_ranks(world, before, after
     assert found == pytest.approx(reference, abs=1e-3)
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_are_noted_while_steps_are_made_and_end_the_process_before_and_after(number):
+    before = signal.getsignal(number)
+    with train.Stop() as stop:
+        assert not stop.asked
+        os.kill(os.getpid(), number)
+        assert stop.asked
+    assert signal.getsignal(number) == before
+
+
+def test_a_run_that_has_ended_is_not_begun_again_by_resuming(world, reference):
+    kept = {file: file.stat().st_mtime_ns for file in (world / "out/reference").rglob("*")}
+    printed = finish(begin(world, "out/reference", "--resume"))
+    assert "out/reference holds a run that has ended" in printed
+    assert {file: file.stat().st_mtime_ns for file in (world / "out/reference").rglob("*")} == kept
+
+
+def test_a_stopped_run_is_no_success_and_one_without_a_checkpoint_begins_anew(world):
+    run = begin(world, "out/new", "--resume")
+    wait_for(run, lambda: at(world / "out/new/checkpoints")[0])
+    run.send_signal(signal.SIGTERM)
+    printed = run.communicate(timeout=120)[0]
+    assert run.returncode == 130, printed
+    assert "out/new holds no checkpoint: the run starts at its beginning" in printed
+    assert "stopped; the same command with --resume goes on" in printed
+
+
+@pytest.mark.parametrize("given, least", [
+    ("--batch -16", 1), ("--epochs -1", 1), ("--save-steps 0", 1), ("--keep 0", 1), ("--plan --gpus 0", 1),
+    ("--exam -5", 0), ("--lr -1", 0)])
+def test_a_number_that_is_too_small_is_refused_at_once(monkeypatch, capsys, given, least):
+    monkeypatch.setattr(sys, "argv", ["train.py", *given.split()])
+    with pytest.raises(SystemExit):
+        train.command_line()
+    name, number = given.split()[-2:]
+    assert f"{name} {number}" in (said := capsys.readouterr().err) and f"expected {least} or more" in said
+
+
 def test_a_run_with_other_options_is_not_resumed(world):
     run = begin(world, "out/other-options")
     wait_for(run, lambda: at(world / "out/other-options/checkpoints")[0])
