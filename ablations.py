@@ -24,9 +24,10 @@ COLUMNS = {"exact": "", "weakest": ", weakest topic", "alone": ", asked in a fir
 def run(name: str, settings: list[str], seed: int, out: Path) -> dict[tuple[str, str], dict[str, float]]:
     """Train one run unless its result is there; returns {(test, images): {column of COLUMNS: share}}."""
     folder = out / f"{name}-{seed}"
-    if not (folder / "eval.csv").exists() or "alone" not in (folder / "eval.csv").read_text():
+    if not (folder / "eval.csv").exists():
         command = [sys.executable, str(Path(__file__).with_name("train.py")), "--size", "tiny", *settings]
-        subprocess.run([*command, "--seed", str(seed), "--out", str(folder)], check=True)
+        if subprocess.run([*command, "--seed", str(seed), "--out", str(folder), "--resume"]).returncode:
+            sys.exit(f"ablations.py: {folder} did not end; the same command goes on with it")
     with open(folder / "eval.csv") as file:
         rows = list(csv.DictReader(file))
     table = {(row["test"], row["images"]): {way: float(row[way]) for way in ("exact", "alone", "blind")}

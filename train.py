@@ -80,7 +80,8 @@ class Options:
     batch: int = option(0, "conversations per step, over all ranks; default 16 for tiny, else 128", least=1)
     positions: int = option(4096, "positions that a rank computes at a time, filled with whole conversations; "
                                   "longer ones lose their last rounds", least=1)
-    lr: float = option(0.0, "peak rate, a tenth of the steps on; then a cosine; default 2e-3 for tiny, else 1e-3", least=0)
+    lr: float = option(0.0, "peak rate, a tenth of the steps on; then a cosine; default 2e-3 for tiny, else 1e-3",
+                       least=0)
     embedding_lr: float = option(0.0, "peak learning rate of the token embedding; default that of --lr", least=0)
     workers: int = option(2, "processes per rank that open pictures", least=0)
     exam: int = option(240, "dialogues of each test set to answer after training the tiny size; 0: none", least=0)
@@ -116,7 +117,7 @@ def for_size(options: Options) -> Options:
     usual = (dict(data="data/tiny", epochs=4, batch=16, lr=2e-3) if options.size == "tiny" else
              dict(data="data", epochs=EPOCHS.get(datasets[0], 6), batch=128, lr=1e-3))
     usual |= dict(datasets=datasets, out=f"out/{options.size}",
-                  precision="fp32" if get_accelerator().device_name() == "cpu" else "fp16")
+                  precision="fp32" if get_accelerator().device_name() == "cpu" and not options.plan else "fp16")
     options = replace(options, **{name: value for name, value in usual.items() if not getattr(options, name)})
     return replace(options, embedding_lr=options.embedding_lr or options.lr)
 
@@ -158,8 +159,13 @@ def start():
         torch.set_num_threads(max(1, os.cpu_count() // ranks))  # more threads than cores make ranks wait
 
 
-def check_precision(precision: str):
-    """Raises ValueError where the machine cannot compute in this precision."""
+def check_machine(options: Options):
+    """Raises ValueError where the machine or DeepSpeed cannot do what is asked for."""
+    precision, least = options.precision, {"": 0, "cpu": 1, "nvme": 3}[options.offload]
+    if options.zero < least:
+        raise ValueError(f"--offload {options.offload} needs --zero {least} or more, found {options.zero}")
+    if precision == "fp16" and options.zero == 0:
+        raise ValueError("DeepSpeed 0.19 scales no loss in fp16 with --zero 0: take --zero 1, 2 or 3")
     if precision == "fp16" and not get_accelerator().is_fp16_supported():
         raise ValueError("fp16 needs a GPU, or a CPU with AVX512-FP16, which this one lacks: "
                          "take --precision fp32, or bf16 for half the memory")
@@ -218,6 +224,10 @@ def settings_for(options: Options, ranks: int) -> dict:
         where = {"device": options.offload, "pin_memory": True}
         where |= {"nvme_path": options.nvme} if options.offload == "nvme" else {}
         zero |= {"offload_optimizer": where} | ({"offload_param": where} if options.zero == 3 else {})
+        if options.offload == "nvme":       # room on the way from and to the drive for two layers' matrices and more
+            llama, _ = sizes(options.size)
+            largest = max(llama.vocab_size, llama.intermediate_size) * llama.hidden_size
+            zero["offload_param"] = {**where, "buffer_count": 20, "buffer_size": -(-largest // ranks) + 1024}
     settings = {
         # All that a rank computes before a step. How many packed batches that takes differs from step to step, so
         # train_step tells DeepSpeed which one is the last.
@@ -225,7 +235,8 @@ def settings_for(options: Options, ranks: int) -> dict:
         "gradient_accumulation_steps": 1,
         "gradient_clipping": 1.0,
         "zero_optimization": zero,
-        # The loss scale starts at 65,536, halves when gradients overflow and doubles after 500 steps without.
+        # The loss scale starts at 65,536, doubles after 500 steps without overflow, and halves with an overflow, except
+        # the first of such a stretch, which only skips its step.
         "fp16": {"enabled": options.precision == "fp16", "initial_scale_power": 16, "loss_scale_window": 500},
         "bf16": {"enabled": options.precision == "bf16"},
         "zero_force_ds_cpu_optimizer": False,                   # torch's AdamW serves offloaded masters, too
@@ -236,6 +247,15 @@ def settings_for(options: Options, ranks: int) -> dict:
         settings[name] = {"enabled": True, **place} | ({} if name == "wandb" else {"job_name": options.size})
     for name, value in (read_json(Path(options.deepspeed_config)) if options.deepspeed_config else {}).items():
         settings[name] = {**settings.get(name, {}), **value} if isinstance(value, dict) else value
+    for name, found, expected in (
+            ("gradient_accumulation_steps", settings["gradient_accumulation_steps"], 1),
+            ("train_micro_batch_size_per_gpu", settings["train_micro_batch_size_per_gpu"], share(options, ranks)),
+            ("stage", settings["zero_optimization"]["stage"], options.zero),
+            ("fp16", settings["fp16"]["enabled"], options.precision == "fp16"),
+            ("bf16", settings["bf16"]["enabled"], options.precision == "bf16")):
+        if found != expected:
+            raise ValueError(f"{options.deepspeed_config} makes {name} {found}, the other options {expected}: say it "
+                             "with --batch, --zero or --precision")
     return settings
 
 
@@ -243,18 +263,26 @@ def build_shared_out(config: ModelConfig, dtype: torch.dtype, settings: dict) ->
     """The model for ZeRO-3, of which every rank only ever holds its own part.
 
     Names and shapes are checked on the meta device. Then every parameter is shared out, still empty, and each rank
-    copies its own stretch of it out of the memory-mapped file, without a word to the others.
+    copies its own stretch of it out of the memory-mapped file, without a word to the others. (What DeepSpeed has
+    already put onto an NVMe drive must be gathered for that, which is slower.)
     """
     model = build(config, dtype, device="meta")
+    swapper = None                                              # one for all: a second would clear the first's folder
     for module in reversed(list(model.modules())):              # parts before the whole
         module.to_empty(device=get_accelerator().current_device_name(), recurse=False)
         if any(True for _ in module.parameters(recurse=False)):
-            deepspeed.zero.Init(module=module, config_dict_or_path=settings, dtype=dtype)
+            sharing = deepspeed.zero.Init(module=module, config_dict_or_path=settings, dtype=dtype,
+                                          param_swapper=swapper)
+            swapper = getattr(sharing, "param_swapper", None)   # there is one for --offload nvme alone
     for tower, folder in zip((model.llama, model.vit), towers(config)):
         parameters = dict(tower.named_parameters())
         for name, tensor in tqdm(tower.tensors(folder), f"loading {folder}", total=len(parameters), leave=False,
                                  disable=dist.get_rank() != 0):
-            part = parameters[name].ds_tensor
+            if (part := parameters[name].ds_tensor).final_location is not None:
+                with deepspeed.zero.GatheredParameters([parameters[name]], modifier_rank=0):
+                    if dist.get_rank() == 0:
+                        parameters[name].data.copy_(tensor)
+                continue
             mine = tensor.flatten()[dist.get_rank() * part.numel():][:part.numel()]
             part.data.flatten()[:len(mine)].copy_(mine)
     with deepspeed.zero.GatheredParameters([model.llama.embed_tokens.weight, *model.projection.parameters()],
@@ -280,7 +308,8 @@ def engine_for(model: VisualChat, options: Options, steps: int, universal: bool)
                                    dict(params=[model.llama.embed_tokens.weight], lr=options.embedding_lr)],
                                   betas=(0.0, 0.95), weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate(step, steps))
-    settings = settings_for(options, dist.get_world_size()) | {"checkpoint": {"load_universal": universal}}
+    settings = settings_for(options, dist.get_world_size())
+    settings["checkpoint"] = {**settings.get("checkpoint", {}), "load_universal": universal}
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=schedule, config=settings)
     return engine
 
@@ -339,7 +368,7 @@ def plan(options: Options) -> str:
         name = f"ZeRO-{zero}{' --recompute' * recompute}{' --offload cpu' * bool(offload)}"
         lines.append("  ".join([f"{name:34}", *(f"{value / 1e9:{len(part)}.1f}" for part, value in parts.items()),
                                 f"{total:5.1f}", "fits" if total < options.gpu_memory else "too much"]))
-    names = [name for given in options.datasets for name in RECIPES.get(given, [given])]
+    names = list(dict.fromkeys(name for given in options.datasets for name in RECIPES.get(given, [given])))
     samples = sum(SOURCES[name].in_paper for name in names) * 9 // 10           # a tenth is for validation
     steps = samples // options.batch * options.epochs
     positions = steps * options.batch * options.length
@@ -355,7 +384,8 @@ def plan(options: Options) -> str:
 
 # ---- checkpoints: what it takes to go on as if nothing had happened ----
 
-SAME = ("size", "attention", "datasets", "seed", "epochs", "batch", "lr", "embedding_lr", "zero", "precision")
+SAME = ("size", "attention", "datasets", "skip_bad", "seed", "epochs", "batch", "positions", "lr", "embedding_lr",
+        "zero", "precision")
 
 
 def latest(options: Options) -> dict | None:
@@ -371,12 +401,17 @@ def latest(options: Options) -> dict | None:
         raise ValueError(f"{options.out} holds a run that stopped at step {progress['step']}: go on with "
                          f"--resume, start another with another --out, or delete {folder}")
     now = {name: list(value) if isinstance(value := getattr(options, name), tuple) else value for name in SAME}
+    if differing := [name for name in SAME if progress["options"].get(name) != now[name]]:
+        raise ValueError("; ".join(f"{options.out} was started with {name} {progress['options'].get(name)}, now it is "
+                                   f"{now[name]}" for name in differing))
     if options.zero == 0 and progress["ranks"] != dist.get_world_size():
         raise ValueError(f"a run with --zero 0 goes on with as many ranks as it had, {progress['ranks']}")
-    if differing := [name for name in SAME if progress["options"][name] != now[name]]:
-        raise ValueError("; ".join(f"{options.out} was started with {name} {progress['options'][name]}, now it is "
-                                   f"{now[name]}" for name in differing))
     return progress
+
+
+def sums(parts: dict[str, Tensor]) -> dict[str, int]:
+    """A number for each tensor in float32 that changes with its bits, and with nothing else."""
+    return {name: part.contiguous().view(torch.int32).sum().item() for name, part in parts.items()}
 
 
 def save_checkpoint(engine, options: Options, progress: dict):
@@ -389,7 +424,7 @@ def save_checkpoint(engine, options: Options, progress: dict):
     engine.save_checkpoint(str(folder), tag, save_latest=False, exclude_frozen_parameters=True)
     if dist.get_rank() == 0:
         state = {**progress, "ranks": dist.get_world_size(), "options": {n: getattr(options, n) for n in SAME},
-                 "sums": {name: part.double().sum().item() for name, part in parts.items()}}
+                 "sums": sums(parts)}
         (folder / tag / "progress.json").write_text(json.dumps(state, indent=1))
         (folder / "latest.new").write_text(tag)
         os.replace(folder / "latest.new", folder / "latest")
@@ -405,9 +440,9 @@ def load_checkpoint(engine, options: Options, progress: dict):
     folder, tag = Path(options.out) / "checkpoints", f"step-{progress['step']:08d}"
     if progress["ranks"] != dist.get_world_size():
         if dist.get_rank() == 0:
-            subprocess.run([sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--input_folder",
-                            str(folder / tag), "--output_folder", str(folder / "universal")], check=True,
-                           stdout=subprocess.DEVNULL)
+            subprocess.run([sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state",
+                            "--input_folder", str(folder / tag), "--output_folder", str(folder / "universal")],
+                           check=True, stdout=subprocess.DEVNULL)
         dist.barrier()
         tag = "universal"
     engine.load_checkpoint(str(folder), tag, load_module_strict=False)      # what is frozen has its own files
@@ -416,8 +451,7 @@ def load_checkpoint(engine, options: Options, progress: dict):
             state["step"] = state["step"].clone()
         for group, lr in zip(engine.optimizer.param_groups, engine.lr_scheduler.get_last_lr()):
             group["lr"] = lr
-    sums = {name: part.double().sum().item() for name, part in trained(engine).items()}
-    if sums != progress["sums"]:
+    if sums(trained(engine)) != progress["sums"]:
         raise ValueError(f"{folder / tag} did not restore what is trained: name an older one in {folder}/latest")
 
 
@@ -446,15 +480,18 @@ class Stop:
 
 
 def on_device(batch: dict, engine) -> dict:
-    return {name: x.to(engine.device) if isinstance(x, Tensor) else x for name, x in batch.items()}
+    return {name: x.to(engine.device, non_blocking=True) if isinstance(x, Tensor) else x for name, x in batch.items()}
 
 
-def as_many(batches: list[dict], engine) -> list[dict]:
-    """The batches, and empty ones behind them until all ranks have as many: ZeRO-3 ranks run modules together."""
+def as_many(batches: list[dict], like: dict, engine) -> list[dict]:
+    """The batches, and empty ones behind them until all ranks have as many: ZeRO-3 ranks run modules together.
+
+    like: any batch, whose shapes the empty ones take.
+    """
     most = torch.tensor(len(batches), device=engine.device)
     dist.all_reduce(most, dist.ReduceOp.MAX)
-    empty = {name: x[:, :0] for name, x in batches[0].items() if name in ("ids", "kind", "labels")}
-    empty |= {"images": batches[0]["images"][:0], "lengths": [0]}
+    empty = {name: x[:, :0] for name, x in like.items() if name in ("ids", "kind", "labels")}
+    empty |= {"images": like["images"][:0], "lengths": [0]}
     return [on_device(batch, engine) for batch in batches + [empty] * (int(most) - len(batches))]
 
 
@@ -464,7 +501,7 @@ def train_step(engine, batches: list[dict]) -> tuple[float, int]:
     Every answer token of the step weighs the same, wherever it lies; the mean over ranks and batches that
     DeepSpeed takes would let a token of a short answer weigh more. So each batch counts by its tokens.
     """
-    batches = as_many(batches, engine)
+    batches = as_many(batches, batches[0], engine)
     counts = [(batch["labels"] != IGNORE).sum() for batch in batches]
     total = torch.stack([sum(counts), sum(counts[0].new_tensor(batch["ids"].numel()) for batch in batches)])
     dist.all_reduce(total)
@@ -486,17 +523,24 @@ def train_step(engine, batches: list[dict]) -> tuple[float, int]:
 
 
 @torch.no_grad()
-def evaluate(engine, batches: DataLoader) -> tuple[float, float]:
-    """Loss per answer token, and the share of answers that greedy decoding gives word for word, on all ranks."""
+def evaluate(engine, batches: DataLoader, turns: int) -> tuple[float, float]:
+    """Loss per answer token, and the share of answers that greedy decoding gives word for word, on all ranks.
+
+    turns: how many lists of packed batches the rank with the most of them has.
+    """
     engine.eval()
-    sums = torch.zeros(4, device=engine.device)
-    for batch in (batch for packed in batches for batch in as_many(packed, engine)):
-        loss, right = engine.module.score(**batch)
-        whole = whole_answers(batch["labels"], right)
-        sums += torch.stack([loss.sum(), sums.new_tensor(len(loss)), whole.sum(), sums.new_tensor(len(whole))])
-    dist.all_reduce(sums)
+    totals, stream, like = torch.zeros(4, device=engine.device), iter(batches), None
+    for _ in range(turns):
+        packed = next(stream, [])
+        like = packed[0] if packed else like                    # every rank has some
+        for batch in as_many(packed, like, engine):
+            loss, right = engine.module.score(**batch)
+            whole = whole_answers(batch["labels"], right)
+            totals += torch.stack([loss.sum(), totals.new_tensor(len(loss)), whole.sum(),
+                                   totals.new_tensor(len(whole))])
+    dist.all_reduce(totals)
     engine.train()
-    return (sums[0] / sums[1]).item(), (sums[2] / sums[3]).item()
+    return (totals[0] / totals[1]).item(), (totals[2] / totals[3]).item()
 
 
 # ---- the exam of the tiny world ----
@@ -578,10 +622,13 @@ def draw_curve(rows: list[dict], path: Path, width: int = 900, height: int = 500
 
 
 def write_csv(rows: list[dict], path: Path):
-    with open(path, "w", newline="") as file:
+    """Write the rows; a kill leaves the file that was there before."""
+    unfinished = path.with_suffix(".new")
+    with open(unfinished, "w", newline="") as file:
         writer = csv.DictWriter(file, rows[0].keys())
         writer.writeheader()
         writer.writerows(rows)
+    os.replace(unfinished, path)
 
 
 # ---- the whole ----
@@ -618,7 +665,8 @@ def ignore_signals(worker: int):
 def loader(rows: Conversations, indices: list[int], options: Options) -> DataLoader:
     """For each step this rank's packed batches of these rows in this order, made by worker processes."""
     return DataLoader(rows, share(options, dist.get_world_size()), sampler=indices, num_workers=options.workers,
-                      collate_fn=partial(pack, positions=options.positions), worker_init_fn=ignore_signals)
+                      collate_fn=partial(pack, positions=options.positions), worker_init_fn=ignore_signals,
+                      pin_memory=torch.cuda.is_available())     # copies to a GPU then need not be waited for
 
 
 def prepare(options: Options) -> tuple[VisualChat, ModelConfig, Tokenizer]:
@@ -646,16 +694,17 @@ def loss_scale(engine) -> float:
 
 
 # What a card can do at most, in FP16 or BF16 operations per second without sparsity, by its maker's data sheet.
-PEAK = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "V100": 125e12}
+PEAK = {"H200 NVL": 835e12, "H200": 989e12, "H100 NVL": 835e12, "H100 PCIe": 756e12, "H100": 989e12,
+        "A100": 312e12, "V100": 125e12}
 
 
 def of_peak(speed: float, options: Options, card: str, ranks: int) -> float | None:
-    """The share of what the cards can do that the LLaMA's matrices take at so many positions per second over all
-    ranks: 2 operations per value forward, 2 backward, none for frozen weights' gradients. None: unknown card.
+    """The share of what the cards can do that the matrices of LLaMA's layers take at so many positions per second over
+    all ranks: 2 operations per value forward, 2 backward, none for frozen weights' gradients. None: unknown card.
     """
-    values = counts(*sizes(options.size))
+    layers = counts(*sizes(options.size))["layer"] * sizes(options.size)[0].num_hidden_layers
     peaks = [peak for name, peak in PEAK.items() if name in card]
-    return 4 * (values["frozen"] - values["vit"]) * speed / (ranks * peaks[0]) if peaks else None
+    return 4 * layers * speed / (ranks * peaks[0]) if peaks else None
 
 
 def show(bar: tqdm, rows: list[dict], options: Options):
@@ -687,8 +736,8 @@ def read_log(path: Path, step: int) -> list[dict]:
 
 def keep(engine, options: Options, progress: dict, rows: list[dict]):
     """Write the log and a checkpoint of the step just done."""
-    older = [step for step in progress["saved"] if step < len(rows)]
-    progress |= dict(step=len(rows), saved=[*older, len(rows)][-options.keep:])
+    older = [step for step in progress["saved"] if step < progress["step"]]
+    progress["saved"] = [*older, progress["step"]][-options.keep:]
     if dist.get_rank() == 0:
         write_csv(rows, Path(options.out) / "log.csv")
     save_checkpoint(engine, options, progress)
@@ -698,21 +747,24 @@ def end_epoch(engine, train: Conversations, held_out: Conversations, options: Op
               progress: dict, rows: list[dict]) -> str:
     """Look at the held-out conversations; write the result, to best/ too if it is that. Returns what to say."""
     rank, ranks, out = dist.get_rank(), dist.get_world_size(), Path(options.out)
-    mine = order(len(held_out), options.seed, 0, rank, ranks)
-    loss, exact = evaluate(engine, loader(held_out, mine, options))
+    mine, own = range(rank, len(held_out), ranks), share(options, ranks)        # all of them, whatever the ranks
+    turns = math.ceil(math.ceil(len(held_out) / ranks) / own)
+    loss, exact = evaluate(engine, loader(held_out, mine, options), turns)
     rows[-1] |= dict(val_loss=loss, exact_match=exact)
+    engine.monitor.write_events([("Validation/loss", loss, engine.global_samples),
+                                 ("Validation/exact_match", exact, engine.global_samples)])
     folders = [out, out / "best"] if loss < progress["best"] else [out]
     progress["best"] = min(progress["best"], loss)
     parts = trained(engine)
-    skipped = torch.tensor(sum(train.skipped) + sum(held_out.skipped), device=engine.device)
-    dist.all_reduce(skipped)
+    skipped = torch.tensor([*train.skipped, *held_out.skipped], dtype=torch.int32, device=engine.device)
+    dist.all_reduce(skipped, dist.ReduceOp.MAX)                 # two ranks may have met the same one
     if rank == 0:
         for folder in folders:
             save(folder, parts, config)
         draw_curve(rows, out / "loss.png")
     return (f"epoch {rows[-1]['epoch']}: validation loss {loss:.4f}, exact match {exact:.1%} of the answers in "
             "held-out conversations"
-            + (f"; {skipped.item()} conversations skipped so far, named above" if skipped else ""))
+            + (f"; {int(skipped.sum())} conversations skipped since the start, named above" if skipped.any() else ""))
 
 
 def fit(engine, train: Conversations, held_out: Conversations, options: Options, config: ModelConfig,
@@ -722,25 +774,33 @@ def fit(engine, train: Conversations, held_out: Conversations, options: Options,
     Raises ValueError where the loss is no number any more; what was written before stays.
     """
     rank, ranks = dist.get_rank(), dist.get_world_size()
-    progress = progress or dict(step=0, best=math.inf, saved=[])
+    progress = progress or dict(step=0, best=math.inf, saved=[], conversations=len(train))
+    if progress["conversations"] != len(train):
+        raise ValueError(f"{options.out} was started on {progress['conversations']} conversations, now {options.data} "
+                         f"holds {len(train)}")
     rows = read_log(Path(options.out) / "log.csv", progress["step"])
     (Path(options.out) / "checkpoints").mkdir(parents=True, exist_ok=True)      # it goes when the run has ended
     started = time.time() - (rows[-1]["seconds"] if rows else 0)
     steps = len(train) // options.batch                         # what fills no batch is left for another epoch
     own = share(options, ranks)                                 # conversations of a step
-    with tqdm(total=steps * options.epochs, initial=len(rows), disable=rank != 0) as bar:
-        for epoch in range(len(rows) // steps + 1, options.epochs + 1):
-            done = len(rows) - (epoch - 1) * steps              # of this epoch, before the run was interrupted
+    with tqdm(total=steps * options.epochs, initial=progress["step"], disable=rank != 0) as bar:
+        for epoch in range(progress["step"] // steps + 1, options.epochs + 1):
+            done = progress["step"] - (epoch - 1) * steps       # of this epoch, before the run was interrupted
             mine = order(len(train), options.seed, epoch, rank, ranks)[done * own:steps * own]
             stream = iter(loader(train, mine, options))
             for step in range(done + 1, steps + 1):
                 lr = engine.get_lr()[0]
                 loss, positions = train_step(engine, next(stream))
-                if not math.isfinite(loss):
-                    raise ValueError(f"loss {loss} at step {len(rows) + 1}: try --precision bf16 or a lower --lr")
-                rows.append(dict(step=len(rows) + 1, epoch=epoch, loss=loss, lr=lr, positions=positions,
+                norm = 0 if options.precision == "fp16" else engine.get_global_grad_norm() or 0     # fp16 skips it
+                if not math.isfinite(loss) or not math.isfinite(norm):
+                    raise ValueError(f"loss {loss}, norm of gradients {norm} at step {progress['step'] + 1}: try "
+                                     "--precision bf16 or a lower --lr; the last checkpoint is good")
+                progress["step"] += 1
+                rows.append(dict(step=progress["step"], epoch=epoch, loss=loss, lr=lr, positions=positions,
                                  seconds=round(time.time() - started, 2), loss_scale=loss_scale(engine),
                                  skipped=engine.skipped_steps, val_loss="", exact_match=""))
+                engine.monitor.write_events([(f"Train/{name}", rows[-1][name], engine.global_samples)
+                                             for name in ("loss", "skipped")])
                 show(bar, rows, options)
                 stopping = stop.agreed(engine)
                 if step < steps and (stopping or step % options.save_steps == 0):
@@ -761,7 +821,7 @@ def run(options: Options) -> bool:
 
     Raises ValueError or FileNotFoundError where options, weights or data do not fit.
     """
-    check_precision(options.precision)
+    check_machine(options)
     share(options, dist.get_world_size())                       # complains before anything takes time
     if options.show_config:
         if dist.get_rank() == 0:
@@ -796,7 +856,9 @@ def run(options: Options) -> bool:
             for line in (table[0], *(row.values() for row in table)):
                 print("  ".join(f"{value:<11}" for value in line))
     if dist.get_rank() == 0:
-        shutil.rmtree(out / "checkpoints")                      # the run is over
+        shutil.rmtree(out / "ended", ignore_errors=True)
+        os.replace(out / "checkpoints", out / "ended")          # the run is over, even if this is killed half-way
+        shutil.rmtree(out / "ended")
         print(f"{options.out} holds the result; log.csv and loss.png show how it came about. Talk to it with\n"
               f"    python chat.py --model {options.out} examples/a.png examples/b.png")
     return True
@@ -813,7 +875,6 @@ def main():
     options = command_line()
     try:
         if options.plan:
-            options = replace(options, precision="fp16" if options.precision == "fp32" else options.precision)
             print(plan(options))
             return
         start()

@@ -1,6 +1,9 @@
 """ablations.py: runs that are there are read, missing ones trained, the table is their mean."""
 import csv
+import subprocess
 import sys
+
+import pytest
 
 import ablations
 import train
@@ -32,9 +35,10 @@ def test_the_table_has_mean_and_range_of_the_seeds(tmp_path, monkeypatch, capsys
 def test_a_missing_run_is_trained_with_settings_that_train_knows(tmp_path, monkeypatch):
     told = []
 
-    def trained(command, check):
+    def trained(command):
         told.append(command)
         write(tmp_path / "causal-7", 0.5)
+        return subprocess.CompletedProcess(command, 0)
 
     monkeypatch.setattr(ablations.subprocess, "run", trained)
     settings = ablations.VARIANTS["attention"]["causal"]
@@ -43,4 +47,7 @@ def test_a_missing_run_is_trained_with_settings_that_train_knows(tmp_path, monke
     monkeypatch.setattr(sys, "argv", told[0][1:])
     options = train.command_line()
     assert (options.size, options.attention, options.seed) == ("tiny", "causal", 7)
-    assert options.out == str(tmp_path / "causal-7")
+    assert options.out == str(tmp_path / "causal-7") and options.resume
+    monkeypatch.setattr(ablations.subprocess, "run", lambda command: subprocess.CompletedProcess(command, 130))
+    with pytest.raises(SystemExit, match="causal-8 did not end; the same command goes on with it"):
+        ablations.run("causal", settings, 8, tmp_path)

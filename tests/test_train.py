@@ -64,6 +64,8 @@ def test_two_ranks_under_zero_3_lose_what_one_rank_loses(world, reference):
     two = losses(world, "out/two", ranks=2)
     assert len(two) == len(reference) == 13
     assert two == pytest.approx(reference, abs=1e-3)
+    logs = [list(csv.DictReader(open(world / out / "log.csv")))[-1] for out in ("out/two", "out/reference")]
+    assert float(logs[0]["val_loss"]) == pytest.approx(float(logs[1]["val_loss"]), abs=1e-3)    # on all 15 of them
 
 
 def test_two_ranks_that_share_out_every_parameter_agree_too(world, reference, tmp_path):
@@ -168,9 +170,9 @@ def test_a_run_killed_five_times_ends_with_the_same_bits_as_one_that_was_not(wor
                                                                        for row in logs[1]]
 
 
-@pytest.mark.parametrize("before, after, number", [(2, 1, signal.SIGTERM), (1, 2, signal.SIGINT)])
-def test_a_stopped_run_goes_on_with_another_number_of_ranks(world, before, after, number):
-    slower = ["--embedding-lr", "5e-5"]                         # so that the two groups of parameters differ
+@pytest.mark.parametrize("before, after, number, zero", [(2, 1, signal.SIGTERM, 3), (1, 2, signal.SIGINT, 2)])
+def test_a_stopped_run_goes_on_with_another_number_of_ranks(world, before, after, number, zero):
+    slower = ["--embedding-lr", "5e-5", "--zero", str(zero)]    # so that the two groups of parameters differ
     reference = losses(world, f"out/unstopped-{before}", *slower)
     out = f"out/{before}-to-{after}"
     run = begin(world, out, *slower, ranks=before)
@@ -206,7 +208,7 @@ def test_a_run_that_has_ended_is_not_begun_again_by_resuming(world, reference):
     assert {file: file.stat().st_mtime_ns for file in (world / "out/reference").rglob("*")} == kept
 
 
-def test_a_stopped_run_is_no_success_and_one_without_a_checkpoint_begins_anew(world):
+def test_a_stopped_run_is_no_success_and_one_without_a_checkpoint_begins_anew(world, reference):
     run = begin(world, "out/new", "--resume")
     wait_for(run, lambda: at(world / "out/new/checkpoints")[0])
     run.send_signal(signal.SIGTERM)
@@ -214,6 +216,12 @@ def test_a_stopped_run_is_no_success_and_one_without_a_checkpoint_begins_anew(wo
     assert run.returncode == 130, printed
     assert "out/new holds no checkpoint: the run starts at its beginning" in printed
     assert "stopped; the same command with --resume goes on" in printed
+    stopped = int(at(world / "out/new/checkpoints")[0][5:])
+    (world / "out/new/log.csv").unlink()                        # the log is for people: going on needs it not
+    finish(begin(world, "out/new", "--resume"))
+    rows = list(csv.DictReader(open(world / "out/new/log.csv")))
+    assert [int(row["step"]) for row in rows] == list(range(stopped + 1, 14))
+    assert [float(row["loss"]) for row in rows] == pytest.approx(reference[stopped:], abs=1e-6)
 
 
 @pytest.mark.parametrize("given, least", [
@@ -311,7 +319,7 @@ def test_a_broken_picture_stops_training_by_name_or_is_skipped_and_counted(world
     assert done.returncode != 0 and last.startswith("train.py: data/tiny/llava/conversation_58k.json, record 0000")
     assert "000000000000.jpg is no readable picture" in last and "--skip-bad" in last
     assert "Traceback" not in done.stderr
-    assert "; 1 conversations skipped so far" in launch(tmp_path, *command, "--skip-bad")
+    assert "; 1 conversations skipped since the start" in launch(tmp_path, *command, "--skip-bad")
 
 
 def test_the_settings_are_printed_and_fit_the_model(world):
@@ -327,6 +335,21 @@ def test_the_settings_are_printed_and_fit_the_model(world):
     assert not (world / "out/7b").exists()
 
 
+def test_settings_of_ones_own_are_laid_over_but_not_over_what_flags_decide(monkeypatch, tmp_path):
+    for given, refused in (({"zero_optimization": {"stage3_prefetch_bucket_size": 7}, "wall_clock_breakdown": True}, ""),
+                           ({"gradient_accumulation_steps": 4}, "gradient_accumulation_steps 4"),
+                           ({"zero_optimization": {"stage": 1}}, "stage 1"), ({"bf16": {"enabled": True}}, "bf16")):
+        (tmp_path / "own.json").write_text(json.dumps(given))
+        options = train.for_size(train.Options(deepspeed_config=str(tmp_path / "own.json"), precision="fp32"))
+        if refused:
+            with pytest.raises(ValueError, match=refused):
+                train.settings_for(options, 2)
+        else:
+            found = train.settings_for(options, 2)
+            assert found["zero_optimization"]["stage3_prefetch_bucket_size"] == 7 and found["wall_clock_breakdown"]
+            assert found["zero_optimization"]["stage"] == 3
+
+
 def test_the_plan_says_what_fits(world):
     printed = launch(world, sys.executable, SCRIPT, "--size", "70b", "--plan", "--gpus", "16", "--gpu-memory", "80")
     rows = {line[:34].strip(): line[34:].split() for line in printed.splitlines() if line.startswith("ZeRO")}
@@ -338,7 +361,7 @@ def test_the_plan_says_what_fits(world):
 
 def test_the_share_of_what_cards_can_do():
     options = train.Options(size="7b")
-    values = 6_738_415_616 - 32000 * 4096                                       # the embedding is looked up
+    values = 6_738_415_616 - 2 * 32000 * 4096 - 4096                            # the layers' alone
     found = train.of_peak(10_000, options, "NVIDIA A100-SXM4-80GB", ranks=2)
     assert found == pytest.approx(4 * values * 10_000 / (2 * 312e12))
     assert train.of_peak(10_000, options, "", ranks=2) is None
@@ -371,7 +394,48 @@ def test_the_plan_counts_what_a_layer_keeps_for_the_backward_pass(precision, key
 def test_offload_and_monitor_change_no_loss(world, reference):
     options = ["--offload", "cpu", "--monitor", "csv_monitor", "--recompute"]
     assert losses(world, "out/offload", *options) == pytest.approx(reference, abs=1e-3)
-    assert list((world / "out/offload/monitor").rglob("*.csv"))
+    told, = (world / "out/offload/monitor").rglob("Train_loss.csv")
+    assert [float(row[1]) for row in csv.reader(open(told)) if row[0].isdigit()] == pytest.approx(reference, abs=1e-3)
+
+
+NVME_HERE = """
+import runpy, sys
+import types
+from pathlib import Path
+import deepspeed
+import torch
+from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.swap_tensor import partitioned_param_swapper
+
+class Files:                                # in place of DeepSpeed's asynchronous reads and writes, which want a compiler
+    def __init__(self, **settings): self.running = 0
+    def sync_pwrite(self, x, path, *at): Path(path).write_bytes(x.numpy().tobytes()); return 0
+    def sync_pread(self, x, path, *at):
+        x.copy_(torch.frombuffer(bytearray(Path(path).read_bytes()), dtype=x.dtype)[:x.numel()]); return 0
+    def async_pwrite(self, x, path, *at): self.running += 1; return self.sync_pwrite(x, path)
+    def async_pread(self, x, path, *at): self.running += 1; return self.sync_pread(x, path)
+    def wait(self): done, self.running = self.running, 0; return done
+    def get_alignment(self): return 512
+    def is_pinned(self, x): return True
+    def new_cpu_locked_tensor(self, n, like): return torch.empty(n, dtype=like.dtype)
+    def free_cpu_locked_tensor(self, x): return True
+
+get_accelerator().get_op_builder("AsyncIOBuilder").load = lambda *_, **__: types.SimpleNamespace(aio_handle=Files)
+deepspeed.ops.op_builder.AsyncIOBuilder.load = get_accelerator().get_op_builder("AsyncIOBuilder").load
+partitioned_param_swapper.MIN_AIO_BYTES = 4096
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_weights_that_wait_on_a_drive_are_those_of_the_files(world, reference, tmp_path):
+    (tmp_path / "small.json").write_text(json.dumps({
+        "aio": {"block_size": 4096}, "zero_optimization": {"stage3_param_persistence_threshold": 10}}))
+    code = NVME_HERE.replace("import runpy, sys", f"import runpy, sys; sys.argv[0] = {SCRIPT!r}")
+    launch(world, sys.executable, "-c", code, "--offload", "nvme", "--nvme", str(tmp_path), "--epochs", "1", "--exam",
+           "0", "--workers", "0", "--lr", "1e-4", "--out", "out/nvme", "--deepspeed-config", str(tmp_path / "small.json"))
+    assert len(list(tmp_path.rglob("*param.tensor.swp"))) > 60
+    rows = list(csv.DictReader(open(world / "out/nvme/log.csv")))
+    assert [float(row["loss"]) for row in rows] == pytest.approx(reference, abs=1e-3)
 
 
 def test_absent_weights_are_asked_for_by_name(world):
@@ -399,4 +463,12 @@ def test_ranks_share_the_batch_or_say_what_they_could():
 def test_fp16_is_refused_where_the_machine_lacks_it(monkeypatch):
     monkeypatch.setattr(train.get_accelerator(), "is_fp16_supported", lambda: False)
     with pytest.raises(ValueError, match="AVX512-FP16.*--precision fp32, or bf16"):
-        train.check_precision("fp16")
+        train.check_machine(train.Options(precision="fp16"))
+
+
+@pytest.mark.parametrize("asked, least", [
+    (dict(offload="cpu", zero=0), "needs --zero 1"), (dict(offload="nvme", zero=2), "needs --zero 3"),
+    (dict(precision="fp16", zero=0), "take --zero 1, 2 or 3")])
+def test_what_deepspeed_cannot_do_is_refused(asked, least):
+    with pytest.raises(ValueError, match=least):
+        train.check_machine(train.Options(**asked))
