@@ -10,7 +10,8 @@
     python tests/bench.py loading     memory and time: two ZeRO-3 ranks load a random LLaMA of a billion parameters
     python tests/bench.py plan        memory of a training step of that model against what --plan predicts
 
-The first four take --precision, and on a GPU --size 7b: random weights of that size. They print medians.
+The first four take --precision, the three after the first also --size 7b, for a GPU: random weights of that size. They
+print medians. `loading` and `plan` measure a CPU process, so they say nothing about a GPU's memory.
 """
 import argparse
 import base64
@@ -223,7 +224,8 @@ def step(options):
           f"share {needed / found['ours'] / limit:.2f}", flush=True)
     del actions
     arguments = ["--precision", options.precision, "--dim", str(options.dim), "--length", str(options.length)]
-    ours, theirs = (alone("memory", "--step", name, *arguments, *["--size", options.size] * bool(options.size))
+    arguments += ["--size", options.size] * bool(options.size) + ["--recompute"] * options.recompute
+    ours, theirs = (alone("memory", "--step", name, *arguments)
                     for name in ("ours", "transformers"))
     print(f"memory beyond the weights: ours {ours:.0f} MB, transformers {theirs:.0f} MB, "
           f"ratio {ours / theirs:.2f}")
