@@ -69,7 +69,8 @@ class Album:
 
         So is one whose file is damaged: it is looked at, and kept, once more.
         """
-        if digest in self.pages or not self.folder or not (file := self.folder / f"{digest}.safetensors").is_file():
+        file = self.folder and self.folder / f"{digest}.safetensors"
+        if digest in self.pages or not file or not file.is_file():
             return self.pages.get(digest)
         llama = self.model.llama.config
         expected = (llama.num_hidden_layers, 2, self.model.vit.config.n_queries, llama.num_key_value_heads,
@@ -265,7 +266,7 @@ def main():
         folder = options.model or newest(Path("out"))
         model, config = load(folder, torch.float32 if device.type == "cpu" else torch.float16, device)
         if options.keep and config.attention != "mmca":
-            raise ValueError("--keep needs MMCA: under causal attention what LLaMA sees depends on what was before")
+            raise ValueError("--keep needs MMCA: under causal attention what LLaMA sees hangs on what was before")
         album = Album(model, options.keep and options.keep / fingerprint(folder, config))
         chat = Chat(model, Tokenizer(towers(config)[0]), album, options.temperature, options.top_p)
         print(f"{folder}: LLaMA-2 {config.size}, {config.attention}, on {device.type}")

@@ -142,8 +142,8 @@ def encode(rounds: list[Round], tokenizer: Tokenizer, n_tokens: int, limit: int 
             break
         out = Encoded(out.ids + new.ids, out.kind + new.kind, out.labels + new.labels, out.images + new.images)
     if not out.ids:
-        raise ValueError(f"the first round alone takes {len(new.ids)} positions, --positions and LLaMA allow {limit}: "
-                         f"{len(rounds[0].images)} images and the question {rounds[0].question[:60]!r}")
+        raise ValueError(f"the first round alone takes {len(new.ids)} positions, --positions and LLaMA allow "
+                         f"{limit}: {len(rounds[0].images)} images and the question {rounds[0].question[:60]!r}")
     return out
 
 

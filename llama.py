@@ -82,8 +82,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class Cache:
     """Keys (after RoPE) and values of some conversations, so that what was said is not computed again.
 
-    Each conversation has `room` for so many text tokens, laid out beforehand; that for image tokens doubles as they
-    join. All together they can be no more than the model's positions, which the caller looks after.
+    Each conversation has `room` for so many text tokens, laid out beforehand; that for image tokens doubles as
+    they join. All together can be no more than the model's positions, which the caller looks after.
     """
 
     def __init__(self, llama: "Llama", conversations: int, room: int):
@@ -143,7 +143,7 @@ class Attention(nn.Module):
         n = scene.layout.n_text
         q, k, v = (proj(rows).unflatten(-1, (-1, self.head_dim))                          # (N, H or H_kv, D)
                    for proj, rows in ((self.q_proj, x[:n]), (self.k_proj, x), (self.v_proj, x)))
-        own = v[n:].repeat_interleave(q.shape[1] // k.shape[1], dim=1)      # image tokens' output; none with image_kv
+        own = v[n:].repeat_interleave(q.shape[1] // k.shape[1], dim=1)      # of image tokens; none with image_kv
         if scene.keep is not None:
             scene.keep.append(torch.stack((k[n:], v[n:])))                                # before RoPE
         if scene.image_kv is not None:
@@ -368,9 +368,9 @@ class Llama(nn.Module):
         token for. Each row is a conversation, or `lengths` are those of the conversations that lie in the rows one
         after the other. With a cache they go on from what is in it.
 
-        image_kv, from the method of that name, stands for the image tokens: x is not looked at where kind is IMAGE.
-        Without it, `keep`, an empty list, collects what image_kv would be, a layer at a time: torch.stack(keep).
-        Raises ValueError where the cache is full, or image_kv and the places for it differ in number.
+        image_kv, from the method of that name, stands for the image tokens: x is not looked at where kind is
+        IMAGE. Without it, `keep`, an empty list, collects what image_kv would be, a layer at a time:
+        torch.stack(keep). Raises ValueError where the cache is full, or image_kv and the places for it differ in number.
         """
         kind = ATTENTION[self.attention](kind)
         where = layout(kind, lengths, cache and cache.past)
@@ -418,11 +418,11 @@ class Llama(nn.Module):
     def image_kv(self, x: Tensor) -> Tensor:
         """Keys before RoPE and values of image tokens x (M, C) in all layers: (layers, 2, M, H_kv, D).
 
-        Under MMCA they depend on nothing else, so they serve wherever and whenever the image is shown; under causal
-        attention they hang on what came before, and ValueError is raised.
+        Under MMCA they depend on nothing else, so they serve wherever and whenever the image is shown; under
+        causal attention they depend on what came before, and ValueError is raised.
         """
         if self.attention != "mmca":
-            raise ValueError(f"under {self.attention} attention an image's keys and values depend on what is before")
+            raise ValueError(f"under {self.attention} attention an image's keys depend on what is before it")
         where, keep = layout(torch.full((1, len(x)), IMAGE, device=x.device)), []
         self.through_layers(x, where, where.place[:0], keep=keep)
         return torch.stack(keep)

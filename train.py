@@ -224,7 +224,7 @@ def settings_for(options: Options, ranks: int) -> dict:
         where = {"device": options.offload, "pin_memory": True}
         where |= {"nvme_path": options.nvme} if options.offload == "nvme" else {}
         zero |= {"offload_optimizer": where} | ({"offload_param": where} if options.zero == 3 else {})
-        if options.offload == "nvme":       # room on the way from and to the drive for two layers' matrices and more
+        if options.offload == "nvme":       # room on the way to and from the drive for two layers and more
             llama, _ = sizes(options.size)
             largest = max(llama.vocab_size, llama.intermediate_size) * llama.hidden_size
             zero["offload_param"] = {**where, "buffer_count": 20, "buffer_size": -(-largest // ranks) + 1024}
@@ -235,8 +235,8 @@ def settings_for(options: Options, ranks: int) -> dict:
         "gradient_accumulation_steps": 1,
         "gradient_clipping": 1.0,
         "zero_optimization": zero,
-        # The loss scale starts at 65,536, doubles after 500 steps without overflow, and halves with an overflow, except
-        # the first of such a stretch, which only skips its step.
+        # The loss scale starts at 65,536, doubles after 500 steps without overflow, and halves with an overflow,
+        # except the first of such a stretch, which only skips its step.
         "fp16": {"enabled": options.precision == "fp16", "initial_scale_power": 16, "loss_scale_window": 500},
         "bf16": {"enabled": options.precision == "bf16"},
         "zero_force_ds_cpu_optimizer": False,                   # torch's AdamW serves offloaded masters, too
@@ -254,8 +254,8 @@ def settings_for(options: Options, ranks: int) -> dict:
             ("fp16", settings["fp16"]["enabled"], options.precision == "fp16"),
             ("bf16", settings["bf16"]["enabled"], options.precision == "bf16")):
         if found != expected:
-            raise ValueError(f"{options.deepspeed_config} makes {name} {found}, the other options {expected}: say it "
-                             "with --batch, --zero or --precision")
+            raise ValueError(f"{options.deepspeed_config} makes {name} {found}, the other options {expected}: say "
+                             "it with --batch, --zero or --precision")
     return settings
 
 
@@ -267,7 +267,7 @@ def build_shared_out(config: ModelConfig, dtype: torch.dtype, settings: dict) ->
     already put onto an NVMe drive must be gathered for that, which is slower.)
     """
     model = build(config, dtype, device="meta")
-    swapper = None                                              # one for all: a second would clear the first's folder
+    swapper = None                                              # one for all: each clears the folder for itself
     for module in reversed(list(model.modules())):              # parts before the whole
         module.to_empty(device=get_accelerator().current_device_name(), recurse=False)
         if any(True for _ in module.parameters(recurse=False)):
@@ -402,8 +402,8 @@ def latest(options: Options) -> dict | None:
                          f"--resume, start another with another --out, or delete {folder}")
     now = {name: list(value) if isinstance(value := getattr(options, name), tuple) else value for name in SAME}
     if differing := [name for name in SAME if progress["options"].get(name) != now[name]]:
-        raise ValueError("; ".join(f"{options.out} was started with {name} {progress['options'].get(name)}, now it is "
-                                   f"{now[name]}" for name in differing))
+        raise ValueError("; ".join(f"{options.out} was started with {name} {progress['options'].get(name)}, now it "
+                                   f"is {now[name]}" for name in differing))
     if options.zero == 0 and progress["ranks"] != dist.get_world_size():
         raise ValueError(f"a run with --zero 0 goes on with as many ranks as it had, {progress['ranks']}")
     return progress
@@ -458,7 +458,7 @@ def load_checkpoint(engine, options: Options, progress: dict):
 # ---- the loop ----
 
 class Stop:
-    """Within `with`, Ctrl-C and SIGTERM do not end the process: they are noted, so that it can end in good order."""
+    """Within `with`, Ctrl-C and SIGTERM do not end the process: they are noted, so that it can end well."""
 
     def __enter__(self) -> "Stop":
         self.asked = False
@@ -480,7 +480,8 @@ class Stop:
 
 
 def on_device(batch: dict, engine) -> dict:
-    return {name: x.to(engine.device, non_blocking=True) if isinstance(x, Tensor) else x for name, x in batch.items()}
+    return {name: x.to(engine.device, non_blocking=True) if isinstance(x, Tensor) else x
+            for name, x in batch.items()}
 
 
 def as_many(batches: list[dict], like: dict, engine) -> list[dict]:
@@ -699,8 +700,9 @@ PEAK = {"H200 NVL": 835e12, "H200": 989e12, "H100 NVL": 835e12, "H100 PCIe": 756
 
 
 def of_peak(speed: float, options: Options, card: str, ranks: int) -> float | None:
-    """The share of what the cards can do that the matrices of LLaMA's layers take at so many positions per second over
-    all ranks: 2 operations per value forward, 2 backward, none for frozen weights' gradients. None: unknown card.
+    """The share of what the cards can do that the matrices of LLaMA's layers take at so many positions per second
+    over all ranks: 2 operations per value forward, 2 backward, none for frozen weights' gradients. None: unknown
+    card.
     """
     layers = counts(*sizes(options.size))["layer"] * sizes(options.size)[0].num_hidden_layers
     peaks = [peak for name, peak in PEAK.items() if name in card]
@@ -764,7 +766,8 @@ def end_epoch(engine, train: Conversations, held_out: Conversations, options: Op
         draw_curve(rows, out / "loss.png")
     return (f"epoch {rows[-1]['epoch']}: validation loss {loss:.4f}, exact match {exact:.1%} of the answers in "
             "held-out conversations"
-            + (f"; {int(skipped.sum())} conversations skipped since the start, named above" if skipped.any() else ""))
+            + (f"; {int(skipped.sum())} conversations skipped since the start, named above" if skipped.any()
+               else ""))
 
 
 def fit(engine, train: Conversations, held_out: Conversations, options: Options, config: ModelConfig,
@@ -776,8 +779,8 @@ def fit(engine, train: Conversations, held_out: Conversations, options: Options,
     rank, ranks = dist.get_rank(), dist.get_world_size()
     progress = progress or dict(step=0, best=math.inf, saved=[], conversations=len(train))
     if progress["conversations"] != len(train):
-        raise ValueError(f"{options.out} was started on {progress['conversations']} conversations, now {options.data} "
-                         f"holds {len(train)}")
+        raise ValueError(f"{options.out} was started on {progress['conversations']} conversations, now "
+                         f"{options.data} holds {len(train)}")
     rows = read_log(Path(options.out) / "log.csv", progress["step"])
     (Path(options.out) / "checkpoints").mkdir(parents=True, exist_ok=True)      # it goes when the run has ended
     started = time.time() - (rows[-1]["seconds"] if rows else 0)
@@ -872,6 +875,7 @@ def end_workers():
 
 
 def main():
+    """The command line; what does not fit ends it with one line. Exits with 130 where it was asked to stop."""
     options = command_line()
     try:
         if options.plan:

@@ -187,7 +187,7 @@ def find(repository: str) -> Path:
             return folder
     twice = " --exclude '*.bin'" if "Llama" in repository else ""      # holds its weights in both formats
     how = ("python shapes.py --pretrain" if repository.startswith("tiny/") else
-           f"hf download {repository}{twice} --local-dir {local}   (a license may have to be accepted on its page first)")
+           f"hf download {repository}{twice} --local-dir {local}   (its license may have to be accepted first)")
     raise FileNotFoundError(f"no weights of {repository}: looked for {local.absolute()}, {beside} and {cached}. "
                             f"Get them with\n    {how}")
 

@@ -10,8 +10,8 @@
     python tests/bench.py loading     memory and time: two ZeRO-3 ranks load a random LLaMA of a billion parameters
     python tests/bench.py plan        memory of a training step of that model against what --plan predicts
 
-The first four take --precision, the three after the first also --size 7b, for a GPU: random weights of that size. They
-print medians. `loading` and `plan` measure a CPU process, so they say nothing about a GPU's memory.
+The first four take --precision, the three after the first also --size 7b, for a GPU: random weights of that size.
+They print medians. `loading` and `plan` measure a CPU process, so they say nothing about a GPU's memory.
 """
 import argparse
 import base64

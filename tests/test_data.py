@@ -103,7 +103,7 @@ def test_what_chat_asks_is_the_beginning_of_what_was_trained(tokenizer, rounds, 
 def test_a_first_round_that_is_too_long_is_refused(tokenizer):
     rounds = [Round(("a", "b"), "What is it?", "A cat."), Round((), "Sure?", "Yes.")]
     n = len(encode(rounds[:1], tokenizer, N).ids)
-    with pytest.raises(ValueError, match=f"takes {n} positions, --positions and LLaMA allow {n - 1}: 2 images and .*What is it"):
+    with pytest.raises(ValueError, match=f"takes {n} positions, .* allow {n - 1}: 2 images and .*What is it"):
         encode(rounds, tokenizer, N, n - 1)
 
 

@@ -336,8 +336,8 @@ def test_the_settings_are_printed_and_fit_the_model(world):
 
 
 def test_settings_of_ones_own_are_laid_over_but_not_over_what_flags_decide(monkeypatch, tmp_path):
-    for given, refused in (({"zero_optimization": {"stage3_prefetch_bucket_size": 7}, "wall_clock_breakdown": True}, ""),
-                           ({"gradient_accumulation_steps": 4}, "gradient_accumulation_steps 4"),
+    own = {"zero_optimization": {"stage3_prefetch_bucket_size": 7}, "wall_clock_breakdown": True}
+    for given, refused in ((own, ""), ({"gradient_accumulation_steps": 4}, "gradient_accumulation_steps 4"),
                            ({"zero_optimization": {"stage": 1}}, "stage 1"), ({"bf16": {"enabled": True}}, "bf16")):
         (tmp_path / "own.json").write_text(json.dumps(given))
         options = train.for_size(train.Options(deepspeed_config=str(tmp_path / "own.json"), precision="fp32"))
@@ -407,7 +407,7 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.swap_tensor import partitioned_param_swapper
 
-class Files:                                # in place of DeepSpeed's asynchronous reads and writes, which want a compiler
+class Files:                                # in place of DeepSpeed's asynchronous reads, which want a compiler
     def __init__(self, **settings): self.running = 0
     def sync_pwrite(self, x, path, *at): Path(path).write_bytes(x.numpy().tobytes()); return 0
     def sync_pread(self, x, path, *at):
@@ -431,8 +431,9 @@ def test_weights_that_wait_on_a_drive_are_those_of_the_files(world, reference, t
     (tmp_path / "small.json").write_text(json.dumps({
         "aio": {"block_size": 4096}, "zero_optimization": {"stage3_param_persistence_threshold": 10}}))
     code = NVME_HERE.replace("import runpy, sys", f"import runpy, sys; sys.argv[0] = {SCRIPT!r}")
-    launch(world, sys.executable, "-c", code, "--offload", "nvme", "--nvme", str(tmp_path), "--epochs", "1", "--exam",
-           "0", "--workers", "0", "--lr", "1e-4", "--out", "out/nvme", "--deepspeed-config", str(tmp_path / "small.json"))
+    launch(world, sys.executable, "-c", code, "--offload", "nvme", "--nvme", str(tmp_path), "--epochs", "1",
+           "--exam", "0", "--workers", "0", "--lr", "1e-4", "--out", "out/nvme",
+           "--deepspeed-config", str(tmp_path / "small.json"))
     assert len(list(tmp_path.rglob("*param.tensor.swp"))) > 60
     rows = list(csv.DictReader(open(world / "out/nvme/log.csv")))
     assert [float(row["loss"]) for row in rows] == pytest.approx(reference, abs=1e-3)
