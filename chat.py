@@ -67,7 +67,7 @@ class Album:
     def find(self, digest: str) -> Tensor | None:
         """Keys and values as Llama.image_kv, (layers, 2, n_queries, H_kv, D); None for a picture that is new.
 
-        So is one whose file is damaged: it is looked at, and kept, once more.
+        So is one whose file holds something else: it is looked at, and kept, once more. (Values are not checked.)
         """
         file = self.folder and self.folder / f"{digest}.safetensors"
         if digest in self.pages or not file or not file.is_file():

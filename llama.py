@@ -370,7 +370,8 @@ class Llama(nn.Module):
 
         image_kv, from the method of that name, stands for the image tokens: x is not looked at where kind is
         IMAGE. Without it, `keep`, an empty list, collects what image_kv would be, a layer at a time:
-        torch.stack(keep). Raises ValueError where the cache is full, or image_kv and the places for it differ in number.
+        torch.stack(keep). Raises ValueError where the cache is full, or image_kv and the places for it differ in
+        number.
         """
         kind = ATTENTION[self.attention](kind)
         where = layout(kind, lengths, cache and cache.past)
