@@ -79,6 +79,22 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return (x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin).to(x.dtype)
 
 
+def times(weight: Tensor, x: Tensor) -> Tensor:
+    """weight (out, in) times one vector x (in): mv reads memory faster than a product with a matrix of one row."""
+    if torch.compiler.is_compiling() and x.dtype == torch.float32:      # a compiled mv is a loop of the compiler's
+        return F.linear(x[None], weight)[0]                             # own, in float32 slower than the library
+    return weight.mv(x)
+
+
+def glance(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """mmca.py's `attend` for one token: q (H, D), k and v (H_kv, S, D) to (H, D)."""
+    if not torch.compiler.is_compiling():
+        return attend(q[None, :, None], k[None], v[None])[0, :, 0]
+    q = q.unflatten(0, (len(k), -1, 1)).float()                                     # (H_kv, H/H_kv, 1, D)
+    chance = ((k[:, None] * q).sum(-1) * q.shape[-1] ** -0.5).softmax(-1)           # sums, because they fuse
+    return (chance[..., None] * v[:, None]).sum(-2).flatten(0, 1).to(v.dtype)
+
+
 class Cache:
     """Keys (after RoPE) and values of some conversations, so that what was said is not computed again.
 
@@ -92,8 +108,8 @@ class Cache:
         self.text = like.new_empty(config.num_hidden_layers, conversations, 2, heads, room, head_dim)
         self.image = [[like.new_empty(2, heads, 0, head_dim)] * conversations for _ in llama.layers]
         self.past, self.room = [(0, 0)] * conversations, room           # text and image tokens that are in
-        everywhere = torch.arange(config.max_position_embeddings, device=like.device)
-        self.table = rope_table(everywhere, head_dim, config.rope_theta)
+        self.everywhere = torch.arange(config.max_position_embeddings, device=like.device)
+        self.table = rope_table(self.everywhere, head_dim, config.rope_theta)
 
     def expect(self, texts: list[int]):
         """Raises ValueError where there is no room for so many more text tokens of each conversation."""
@@ -387,33 +403,52 @@ class Llama(nn.Module):
         read = row[read.flatten()]                                          # from a mask to the numbers of rows
         return self.through_layers(x.flatten(0, 1).index_select(0, place), where, read, cache, image_kv, keep)
 
-    @torch.no_grad()
-    def step(self, x: Tensor, cache: Cache) -> Tensor:
-        """The next text token x (1, C) of the only conversation in a cache, to its hidden state (1, C).
+    def next_logits(self, token: Tensor, cos: Tensor, sin: Tensor, last: Tensor, texts: tuple[Tensor, ...],
+                    images: tuple[Tensor, ...]) -> Tensor:
+        """`step` without its bookkeeping: token (1) to logits (1, vocabulary), cos and sin (1, D).
 
-        It is what `forward` gives, in as few operations as possible: with a single token, starting an operation
-        takes longer than the operation. A vector times a matrix (mv) reads memory faster than a matrix of one row
-        does. Weights are read past their modules, so they must be whole: not for ZeRO-3.
+        texts: keys and values of each layer (2, H_kv, S, D), with room at `last` (1) for the new ones; images:
+        likewise, or empty. All are tensors, so that torch.compile need not begin anew with every token.
+        """
+        x = self.embed_tokens(token)[0]                                                     # (C)
+        for i, (layer, text) in enumerate(zip(self.layers, texts)):
+            attn, mlp, normed = layer.self_attn, layer.mlp, layer.input_layernorm(x)
+            qk = torch.cat((times(attn.q_proj.weight, normed), times(attn.k_proj.weight, normed)))
+            qk = rotate(qk.unflatten(0, (-1, attn.head_dim)), cos, sin)                     # (H + H_kv, D)
+            q, k = qk.split((len(qk) - text.shape[1], text.shape[1]))
+            v = times(attn.v_proj.weight, normed).view_as(k)
+            text.index_copy_(2, last, torch.stack((k, v))[:, :, None])
+            out = glance(q, *text)
+            if images:
+                out = out + glance(q, *images[i])
+            x = x + times(attn.o_proj.weight, out.flatten())
+            normed = layer.post_attention_layernorm(x)
+            gated = F.silu(times(mlp.gate_proj.weight, normed)) * times(mlp.up_proj.weight, normed)
+            x = x + times(mlp.down_proj.weight, gated)
+        return times(self.lm_head.weight, self.norm(x))[None]
+
+    def compile_step(self):
+        """Let torch.compile make fewer, larger operations of `step`; its first uses take long, without a picture,
+        with one, and again after the other."""
+        on_cpu = self.norm.weight.device.type == "cpu"          # there, what Python does between them costs the most
+        self.next_logits = torch.compile(self.next_logits, dynamic=True, options={"cpp_wrapper": on_cpu})
+
+    @torch.no_grad()
+    def step(self, token: Tensor, cache: Cache) -> Tensor:
+        """The next text token (1) of the only conversation in a cache, to the logits (1, vocabulary) behind it.
+
+        They are what embed_tokens, `forward` and lm_head give, in as few operations as possible: with a single
+        token, starting an operation takes longer than the operation. Weights are read past their modules, so they
+        must be whole: not for ZeRO-3.
         """
         cache.expect([1])
-        (n_text, n_image), heads, head_dim = cache.past[0], self.config.num_attention_heads, cache.text.shape[-1]
-        cos, sin = (table[n_text + n_image] for table in cache.table)                   # (1, D)
-        x = x[0]                                                                        # (C)
-        for layer, (keys, values), (image,) in zip(self.layers, cache.text[:, 0], cache.image):
-            attn, mlp, normed = layer.self_attn, layer.mlp, layer.input_layernorm(x)
-            qk = torch.cat((attn.q_proj.weight.mv(normed), attn.k_proj.weight.mv(normed))).view(-1, head_dim)
-            qk = rotate(qk, cos, sin)                                                   # (H + H_kv, D)
-            keys[:, n_text], values[:, n_text] = qk[heads:], attn.v_proj.weight.mv(normed).view(-1, head_dim)
-            q = qk[None, :heads, None]                                                  # (1, H, 1, D)
-            out = attend(q, keys[None, :, :n_text + 1], values[None, :, :n_text + 1])
-            if n_image:
-                out = out + attend(q, *image[:, None, :, :n_image])
-            x = x.addmv(attn.o_proj.weight, out.flatten())
-            normed = layer.post_attention_layernorm(x)
-            gated = F.silu(mlp.gate_proj.weight.mv(normed)) * mlp.up_proj.weight.mv(normed)
-            x = x.addmv(mlp.down_proj.weight, gated)
+        n_text, n_image = cache.past[0]
+        cos, sin = (table[n_text + n_image] for table in cache.table)                       # (1, D)
+        texts = cache.text[:, 0, :, :, :n_text + 1].unbind()
+        images = [image[:, :, :n_image] for image, in cache.image] if n_image else []
+        logits = self.next_logits(token, cos, sin, cache.everywhere[n_text:n_text + 1], texts, images)
         cache.past = [(n_text + 1, n_image)]
-        return self.norm(x)[None]
+        return logits
 
     @torch.no_grad()
     def image_kv(self, x: Tensor) -> Tensor:

@@ -126,15 +126,17 @@ class VisualChat(nn.Module):
         cache = cache or Cache(self.llama, len(lengths), max(lengths) + max_new_tokens)
         x = self.llama.embed_tokens(ids) if image_kv is not None else self.splice(ids, kind, images)
         read = torch.zeros_like(kind, dtype=torch.bool).flatten().index_fill(0, ends, True).view_as(kind)
-        hidden = self.llama(x, kind, read, lengths, cache, image_kv, keep)          # (conversations, C)
+        logits = self.llama.lm_head(self.llama(x, kind, read, lengths, cache, image_kv, keep))
         left = self.llama.config.max_position_embeddings - max(map(sum, cache.past))
         alone = len(lengths) == 1 and not hasattr(self.llama.norm.weight, "ds_id")          # and not under ZeRO-3
         for i in range(min(max_new_tokens, left)):
-            if i:
-                x = self.llama.embed_tokens(token)                                  # (conversations, C)
-                hidden = (self.llama.step(x, cache) if alone else
-                          self.llama(x[None], torch.full_like(token, TEXT)[None], None, [1] * len(token), cache))
-            token = choose(self.llama.lm_head(hidden), temperature, top_p)
+            if i and alone:
+                logits = self.llama.step(token, cache)
+            elif i:
+                x = self.llama.embed_tokens(token)[None]                                # (1, conversations, C)
+                text = torch.full_like(token, TEXT)[None]
+                logits = self.llama.lm_head(self.llama(x, text, None, [1] * len(token), cache))
+            token = choose(logits, temperature, top_p)                                  # (conversations)
             yield token
 
 

@@ -22,7 +22,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from copy import copy
 from dataclasses import asdict, replace
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 from statistics import median
@@ -245,32 +247,39 @@ def memory(options):
 
 @torch.no_grad()
 def decode(options, prompt: int = 64, new: int = 64):
-    """Greedy decoding of so many tokens behind a text prompt, its reading included."""
+    """Greedy decoding of so many tokens behind a text prompt, its reading included; ours as it is, and compiled."""
     dtype = DTYPES[options.precision]
     for dim in ([options.dim] if options.size else [512, 2048]):
         options.dim = dim
         llama = random_llama(sizes(options), dtype)
+        compiled = copy(llama)                                                  # with the same weights
+        compiled.compile_step()
         theirs = their_llama(llama)
         theirs.generation_config.eos_token_id, theirs.generation_config.pad_token_id = None, 0
-        model = VisualChat(VisionTransformer(shapes.VIT).to(DEVICE, dtype), llama)
+        vit = VisionTransformer(shapes.VIT).to(DEVICE, dtype)
         ids = torch.randint(3, llama.config.vocab_size, (1, prompt), device=DEVICE)
         kind = torch.full_like(ids, TEXT)
 
-        def ours():
+        def ours(model: VisualChat) -> list[int]:
             return [token.item() for token in model.generate(ids, kind, None, None, new)]
 
-        def transformers():
+        def transformers() -> list[int]:
             found = theirs.generate(ids, attention_mask=kind, max_new_tokens=new, do_sample=False)
             return found[0, prompt:].tolist()
 
-        same = sum(a == b for a, b in zip(ours(), transformers()))
-        found = times({"ours": ours, "transformers": transformers}, 5)
+        actions = {"ours": partial(ours, VisualChat(vit, llama)),
+                   "ours, compiled": partial(ours, VisualChat(vit, compiled)), "transformers": transformers}
+        started, answers = time.perf_counter(), {name: action() for name, action in actions.items()}
+        print(f"{options.precision}, width {llama.config.hidden_size}: compiled and warm after "
+              f"{time.perf_counter() - started:.0f} s")
+        found = times(actions, 5)
         read = sum(p.numel() * p.element_size() for name, p in llama.named_parameters() if "embed" not in name)
         limit = bandwidth(read)
-        print(f"{options.precision}, width {llama.config.hidden_size}: ours {new / found['ours']:.1f} tokens/s, "
-              f"transformers {new / found['transformers']:.1f}, ratio {found['transformers'] / found['ours']:.2f} "
-              f"({same} of {new} tokens the same); {read * new / found['ours'] / 1e9:.1f} of {limit / 1e9:.1f} GB/s, "
-              f"share {read * new / found['ours'] / limit:.2f}", flush=True)
+        for name, seconds in found.items():
+            same = sum(a == b for a, b in zip(answers[name], answers["transformers"]))
+            print(f"{name}: {new / seconds:.1f} tokens/s, {found['transformers'] / seconds:.2f} of transformers' "
+                  f"({same} of {new} tokens the same); {read * new / seconds / 1e9:.1f} of {limit / 1e9:.1f} GB/s, "
+                  f"share {read * new / seconds / limit:.2f}", flush=True)
 
 
 # ---- (d) a chat of eight rounds, (e) packing ----

@@ -2,6 +2,7 @@
 import io
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -101,16 +102,36 @@ def test_a_pass_that_was_interrupted_counts_for_nothing_in_the_cache():
     same(run(model, x[:, 5:], kind[:, 5:], cache), before[:, 5:])
 
 
+def talk(model, kinds, ids, answer):
+    """The cache after embeddings of these kinds, and the logits behind each of the answer's ids, in a full pass."""
+    x, kind = model.embed_tokens(torch.cat((ids, answer)))[None], torch.tensor([kinds + [TEXT] * len(answer)])
+    cache = Cache(model, 1, room=int((ATTENTION[model.attention](kind) == TEXT).sum()))
+    model(x[:, :len(ids)], kind[:, :len(ids)], cache=cache)
+    return cache, model.lm_head(run(model, x, kind)[0, len(ids):])
+
+
 @both
 @pytest.mark.parametrize("kinds", [[TEXT] * 4, [TEXT, IMAGE, IMAGE, TEXT, TEXT, IMAGE, TEXT]], ids=["text", "images"])
 def test_a_single_step_is_a_forward_pass(attention, kinds):
-    model, x, kind = tiny(attention), torch.randn(1, len(kinds) + 3, 48), torch.tensor([kinds + [TEXT] * 3])
-    cache = Cache(model, 1, room=int((ATTENTION[attention](kind) == TEXT).sum()))
-    run(model, x[:, :-3], kind[:, :-3], cache)
-    found = [model.step(x[:, i], cache)[0] for i in range(len(kinds), len(kind[0]))]
-    same(torch.stack(found), run(model, x, kind)[0, -3:])
+    model, ids, answer = tiny(attention), torch.arange(len(kinds)), torch.tensor([7, 40, 2])
+    cache, expected = talk(model, kinds, ids, answer)
+    same(torch.cat([model.step(token, cache) for token in answer.split(1)]), expected)
     with pytest.raises(ValueError, match="room for"):
-        model.step(x[:, 0], cache)
+        model.step(answer[:1], cache)
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.03)], ids=str)
+def test_compiled_steps_are_forward_passes(dtype, tolerance):
+    model, ids, answer = tiny("mmca").to(dtype), torch.arange(6), torch.arange(9)
+    model.compile_step()
+    for kinds in ([TEXT] * 6, [TEXT, TEXT, IMAGE, IMAGE, IMAGE, TEXT]):         # each is compiled for itself
+        cache, expected = talk(model, kinds, ids, answer)
+        found = [model.step(token, cache) for token in answer[:2].split(1)]
+        with torch._dynamo.config.patch(error_on_recompile=True):               # the others use what there is
+            found += [model.step(token, cache) for token in answer[2:8].split(1)]
+        found = torch.cat(found + [model.step(answer[8:], cache)])              # now the cache is full
+        assert (found - expected).abs().max() <= tolerance * expected.abs().max()
 
 
 def test_a_full_cache_is_refused():
