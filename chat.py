@@ -13,7 +13,9 @@ import contextlib
 import hashlib
 import os
 import re
+import shutil
 import sys
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -46,6 +48,10 @@ def digest_of(picture: Path) -> str:
     return hashlib.sha256(picture.read_bytes()).hexdigest()
 
 
+def checksum(values: Tensor) -> int:
+    return zlib.crc32(values.view(torch.uint8).numpy())
+
+
 class Album:
     """Pictures as LLaMA's layers see them under MMCA, which is the same in all conversations and at all places.
 
@@ -67,7 +73,7 @@ class Album:
     def find(self, digest: str) -> Tensor | None:
         """Keys and values as Llama.image_kv, (layers, 2, n_queries, H_kv, D); None for a picture that is new.
 
-        So is one whose file holds something else: it is looked at, and kept, once more. (Values are not checked.)
+        So is one whose file holds something else: it is looked at, and kept, once more.
         """
         file = self.folder and self.folder / f"{digest}.safetensors"
         if digest in self.pages or not file or not file.is_file():
@@ -76,17 +82,19 @@ class Album:
         expected = (llama.num_hidden_layers, 2, self.model.vit.config.n_queries, llama.num_key_value_heads,
                     llama.hidden_size // llama.num_attention_heads)
         try:
-            found = read_file(file)["image_kv"]
-        except (ValueError, KeyError):
+            found = read_file(file)
+            sound = found["image_kv"].shape == expected and checksum(found["image_kv"]) == found["checksum"].item()
+        except (ValueError, KeyError, RuntimeError):
             return None
-        return self.remember(digest, found.to(self.model.projection.weight)) if found.shape == expected else None
+        return self.remember(digest, found["image_kv"].to(self.model.projection.weight)) if sound else None
 
     def add(self, digest: str, image_kv: Tensor):
         """Keep what `find` then finds."""
         self.remember(digest, image_kv)
         if self.folder:
             unfinished = self.folder / f"{digest}.{os.getpid()}"
-            save_file({"image_kv": image_kv.cpu().contiguous()}, unfinished)
+            image_kv = image_kv.cpu().contiguous()
+            save_file({"image_kv": image_kv, "checksum": torch.tensor(checksum(image_kv))}, unfinished)
             os.replace(unfinished, self.folder / f"{digest}.safetensors")
 
     @torch.no_grad()
@@ -256,11 +264,15 @@ def main():
     parser.add_argument("--temperature", type=float, default=0.0, help="0: the likeliest word; 1: by chance")
     parser.add_argument("--top-p", type=float, default=1.0,
                         help="with a temperature: draw from the likeliest words that together have this chance")
+    parser.add_argument("--compile", action="store_true",
+                        help="torch.compile for decoding: the first answers take up to minutes, all others less")
     options = parser.parse_args()
     if not 0 <= options.temperature < float("inf"):
-        parser.error(f"--temperature {options.temperature}: expected 0 or more")
+        parser.error(f"--temperature {options.temperature}: expected a finite number, 0 or more")
     if not 0 < options.top_p <= 1:
         parser.error(f"--top-p {options.top_p}: expected more than 0 and at most 1")
+    if options.top_p < 1 and not options.temperature:
+        parser.error("--top-p does nothing without --temperature, such as --temperature 1")
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     try:
         folder = options.model or newest(Path("out"))
@@ -269,6 +281,10 @@ def main():
             raise ValueError("--keep needs MMCA: under causal attention what LLaMA sees hangs on what was before")
         album = Album(model, options.keep and options.keep / fingerprint(folder, config))
         chat = Chat(model, Tokenizer(towers(config)[0]), album, options.temperature, options.top_p)
+        if options.compile:
+            if not any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++"))):
+                raise ValueError("--compile needs a C++ compiler: found no g++ and no clang++ on the PATH")
+            model.llama.compile_step()
         print(f"{folder}: LLaMA-2 {config.size}, {config.attention}, on {device.type}")
         waiting = show(options.images, first=1)
         if not options.question:

@@ -32,7 +32,7 @@ def choose(logits: Tensor, temperature: float, top_p: float) -> Tensor:
     """Ids (B) by logits (B, vocabulary): the likeliest at temperature 0, else drawn from the likeliest tokens that
     together have the chance top_p. temperature is not negative, top_p above 0 and at most 1.
     """
-    if temperature == 0:
+    if temperature < 1e-30:                             # in float32 as good as 0
         return logits.argmax(-1)
     logits = logits.float()
     scores = (logits - logits.amax(-1, keepdim=True)) / temperature         # at most 0: none becomes infinite

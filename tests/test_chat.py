@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save as serialize
 
 import chat as program
 from chat import HELP, Album, Chat, digest_of, fingerprint, newest, parse, talk
 from data import Encoded, Round, encode_round, tensors
-from llama import Cache
+from llama import Cache, Llama, read_file
 from mmca import IMAGE
 from visualchat import TRAINED, save
 
@@ -133,9 +133,13 @@ def test_pictures_are_kept_on_disk_and_a_damaged_file_is_made_anew(chat, picture
     assert first == ask(chat, [*pictures[:2], pictures[0]]) and len(list((tmp_path / "album").iterdir())) == 2
     given, later = passes(chat.model), Chat(chat.model, chat.tokenizer, Album(chat.model, tmp_path / "album"))
     assert ask(later, [*pictures[:2], pictures[0]]) == first and given["vit"] == []
-    for content in (b"nonsense", None):
+    for damage in ("nonsense", "another shape", "no checksum", "another value"):
         for file in (tmp_path / "album").iterdir():
-            save_file({"image_kv": torch.zeros(3)}, file) if content is None else file.write_bytes(content)
+            found = read_file(file)
+            found["image_kv"] = torch.zeros(3) if damage == "another shape" else found["image_kv"] + 1
+            if damage == "no checksum":
+                del found["checksum"]
+            file.write_bytes(b"nonsense" if damage == "nonsense" else serialize(found))
         for passes_of_vit in ([3], []):                         # damaged: looked at again; then kept again
             given["vit"].clear()
             again = Chat(chat.model, chat.tokenizer, Album(chat.model, tmp_path / "album"))
@@ -319,8 +323,8 @@ def test_a_picture_joins_once_even_if_it_cannot_be_kept(chat, pictures, monkeypa
 
 
 @pytest.mark.parametrize("given, said", [
-    (["--temperature", "-1"], "expected 0 or more"), (["--temperature", "nan"], "expected 0 or more"),
-    (["--top-p", "0"], "at most 1"), (["--keep", str(ROOT / "README.md")], "README.md"),
+    (["--temperature", "-1"], "0 or more"), (["--temperature", "inf"], "0 or more"),
+    (["--top-p", "0"], "at most 1"), (["--top-p", "0.5"], "does nothing without --temperature"), (["--keep", str(ROOT / "README.md")], "README.md"),
     ([str(ROOT / "none.png"), "--question", "?"], "no picture")])
 def test_a_bad_setting_ends_the_program_with_a_line(overfitted, config, tmp_path, monkeypatch, capsys, given, said):
     save(tmp_path / "run", {name: p for name, p in overfitted[2].named_parameters() if p.requires_grad}, config)
@@ -346,6 +350,22 @@ def test_the_program_answers_where_deepspeed_cannot_be_imported(overfitted, conf
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.splitlines() == ["out/run: LLaMA-2 tiny, mmca, on cpu", "> What is it?", "Question 1.",
                                         f'> What is image 1? "{c}"', f"image 1: {c}", "You look at it."]
+
+
+def test_compiling_is_asked_for_on_the_command_line(overfitted, config, tmp_path, monkeypatch, capsys):
+    save(tmp_path / "run", {name: p for name, p in overfitted[2].named_parameters() if p.requires_grad}, config)
+    calls = []
+    monkeypatch.setattr(Llama, "compile_step", lambda self: calls.append(self))     # tests/test_llama.py compiles
+    for extra in ([], ["--compile"]):
+        assert not calls
+        monkeypatch.setattr(sys, "argv",
+                            ["chat.py", "--model", str(tmp_path / "run"), "--question", "What is it?", *extra])
+        program.main()
+    assert len(calls) == 1 and capsys.readouterr().out.count("Question 1.") == 2
+    monkeypatch.setenv("PATH", str(tmp_path))                   # where no compiler is
+    monkeypatch.delenv("CXX", raising=False)
+    with pytest.raises(SystemExit, match="needs a C.. compiler"):
+        program.main()
 
 
 def test_a_torch_that_knows_gpus_runs_where_there_is_none(overfitted, config, tmp_path, monkeypatch, capsys):

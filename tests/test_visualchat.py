@@ -240,7 +240,7 @@ def test_sampling_draws_from_the_likeliest_tokens_by_their_chances():
     logits = torch.tensor([0.5, 0.1, 0.3, 0.1]).log().expand(20_000, 4)
     for temperature, top_p, expected in ((0, 1, [1, 0, 0, 0]), (1, 1, [.5, .1, .3, .1]), (1, .6, [.625, 0, .375, 0]),
                                          (.5, 1, [25 / 36, 1 / 36, 9 / 36, 1 / 36]), (1, .001, [1, 0, 0, 0]),
-                                         (1e-45, 1, [1, 0, 0, 0])):
+                                         (1e-45, 1, [1, 0, 0, 0]), (1e-320, 1, [1, 0, 0, 0])):
         share = choose(logits, temperature, top_p).bincount(minlength=4) / len(logits)
         assert share.tolist() == pytest.approx(expected, abs=0.015)
 
