@@ -101,7 +101,7 @@ class Options:
                                       ["tensorboard", "wandb", "csv_monitor"])
     plan: bool = option(False, "print what each GPU will hold and how much there is to compute, and end")
     gpus: int = option(8, "how many GPUs --plan plans for", least=1)
-    gpu_memory: float = option(80.0, "what each of them has, in 10^9 bytes")
+    gpu_memory: float = option(80.0, "what each of them has, in 10^9 bytes", least=1)
     length: int = option(1024, "positions of a conversation that --plan expects, a third of them answers", least=1)
     local_rank: int = option(0, "set by the launcher")
 
@@ -133,7 +133,7 @@ def command_line() -> Options:
                             **({"choices": f.metadata["choices"]} if f.metadata["choices"] else {}))
     options = for_size(Options(**vars(parser.parse_args())))
     for f in fields(Options):
-        if f.metadata["least"] is not None and getattr(options, f.name) < f.metadata["least"]:
+        if f.metadata["least"] is not None and not getattr(options, f.name) >= f.metadata["least"]:
             parser.error(f"--{f.name.replace('_', '-')} {getattr(options, f.name)}: "
                          f"expected {f.metadata['least']} or more")
     return options
@@ -163,7 +163,7 @@ def check_machine(options: Options):
     """Raises ValueError where the machine or DeepSpeed cannot do what is asked for."""
     precision, least = options.precision, {"": 0, "cpu": 1, "nvme": 3}[options.offload]
     if options.zero < least:
-        raise ValueError(f"--offload {options.offload} needs --zero {least} or more, found {options.zero}")
+        raise ValueError(f"--offload {options.offload} needs --zero {least}{' or more' * (least < 3)}, found {options.zero}")
     if precision == "fp16" and options.zero == 0:
         raise ValueError("DeepSpeed 0.19 scales no loss in fp16 with --zero 0: take --zero 1, 2 or 3")
     if precision == "fp16" and not get_accelerator().is_fp16_supported():

@@ -226,7 +226,7 @@ def test_a_stopped_run_is_no_success_and_one_without_a_checkpoint_begins_anew(wo
 
 @pytest.mark.parametrize("given, least", [
     ("--batch -16", 1), ("--epochs -1", 1), ("--save-steps 0", 1), ("--keep 0", 1), ("--plan --gpus 0", 1),
-    ("--exam -5", 0), ("--lr -1", 0)])
+    ("--plan --gpu-memory nan", 1), ("--exam -5", 0), ("--lr -1", 0)])
 def test_a_number_that_is_too_small_is_refused_at_once(monkeypatch, capsys, given, least):
     monkeypatch.setattr(sys, "argv", ["train.py", *given.split()])
     with pytest.raises(SystemExit):
