@@ -76,7 +76,7 @@ class Options:
     cache_features: str = option("", "folder that keeps what the ViT makes of each picture; it runs once")
     seed: int = option(0, "of the validation split, the order and the projection's first values")
     # How?
-    epochs: int = option(0, "passes over the data; default 4 for tiny, else as the paper for this mixture", least=1)
+    epochs: int = option(0, "passes over the data; default 4 for tiny, else as in the paper", least=1)
     batch: int = option(0, "conversations per step, over all ranks; default 16 for tiny, else 128", least=1)
     positions: int = option(4096, "positions that a rank computes at a time, filled with whole conversations; "
                                   "longer ones lose their last rounds", least=1)
@@ -163,7 +163,8 @@ def check_machine(options: Options):
     """Raises ValueError where the machine or DeepSpeed cannot do what is asked for."""
     precision, least = options.precision, {"": 0, "cpu": 1, "nvme": 3}[options.offload]
     if options.zero < least:
-        raise ValueError(f"--offload {options.offload} needs --zero {least}{' or more' * (least < 3)}, found {options.zero}")
+        raise ValueError(f"--offload {options.offload} needs --zero {least}{' or more' * (least < 3)}, "
+                         f"found {options.zero}")
     if precision == "fp16" and options.zero == 0:
         raise ValueError("DeepSpeed 0.19 scales no loss in fp16 with --zero 0: take --zero 1, 2 or 3")
     if precision == "fp16" and not get_accelerator().is_fp16_supported():

@@ -247,7 +247,7 @@ def memory(options):
 
 @torch.no_grad()
 def decode(options, prompt: int = 64, new: int = 64):
-    """Greedy decoding of so many tokens behind a text prompt, its reading included; ours as it is, and compiled."""
+    """Greedy decoding of so many tokens behind a text prompt, its reading included; ours also compiled."""
     dtype = DTYPES[options.precision]
     for dim in ([options.dim] if options.size else [512, 2048]):
         options.dim = dim
@@ -278,8 +278,8 @@ def decode(options, prompt: int = 64, new: int = 64):
         for name, seconds in found.items():
             same = sum(a == b for a, b in zip(answers[name], answers["transformers"]))
             print(f"{name}: {new / seconds:.1f} tokens/s, {found['transformers'] / seconds:.2f} of transformers' "
-                  f"({same} of {new} tokens the same); {read * new / seconds / 1e9:.1f} of {limit / 1e9:.1f} GB/s, "
-                  f"share {read * new / seconds / limit:.2f}", flush=True)
+                  f"({same} of {new} tokens the same); {read * new / seconds / 1e9:.1f} of "
+                  f"{limit / 1e9:.1f} GB/s, share {read * new / seconds / limit:.2f}", flush=True)
 
 
 # ---- (d) a chat of eight rounds, (e) packing ----

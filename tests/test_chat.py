@@ -48,7 +48,8 @@ def from_scratch(chat, answer, files):
     """The last answer's tokens again and the one after them, from the whole history at once."""
     start = len(chat.ids) - len(answer) - 1
     ids, kind = (torch.tensor([values[:start]]) for values in (chat.ids, chat.kind))
-    return [token.item() for token in islice(chat.model.generate(ids, kind, images(files) if files else None), len(answer) + 1)]
+    tokens = chat.model.generate(ids, kind, images(files) if files else None)
+    return [token.item() for token in islice(tokens, len(answer) + 1)]
 
 
 # ---- the cache ----
@@ -324,9 +325,11 @@ def test_a_picture_joins_once_even_if_it_cannot_be_kept(chat, pictures, monkeypa
 
 @pytest.mark.parametrize("given, said", [
     (["--temperature", "-1"], "0 or more"), (["--temperature", "inf"], "0 or more"),
-    (["--top-p", "0"], "at most 1"), (["--top-p", "0.5"], "does nothing without --temperature"), (["--keep", str(ROOT / "README.md")], "README.md"),
+    (["--top-p", "0"], "at most 1"), (["--top-p", "0.5"], "does nothing without --temperature"),
+    (["--keep", str(ROOT / "README.md")], "README.md"),
     ([str(ROOT / "none.png"), "--question", "?"], "no picture")])
-def test_a_bad_setting_ends_the_program_with_a_line(overfitted, config, tmp_path, monkeypatch, capsys, given, said):
+def test_a_bad_setting_ends_the_program_with_a_line(overfitted, config, tmp_path, monkeypatch, capsys, given,
+                                                           said):
     save(tmp_path / "run", {name: p for name, p in overfitted[2].named_parameters() if p.requires_grad}, config)
     monkeypatch.setattr(sys, "argv", ["chat.py", "--model", str(tmp_path / "run"), *given])
     with pytest.raises(SystemExit) as end:

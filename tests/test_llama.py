@@ -103,7 +103,7 @@ def test_a_pass_that_was_interrupted_counts_for_nothing_in_the_cache():
 
 
 def talk(model, kinds, ids, answer):
-    """The cache after embeddings of these kinds, and the logits behind each of the answer's ids, in a full pass."""
+    """The cache after ids of these kinds, and the logits behind each of the answer's ids from a full pass."""
     x, kind = model.embed_tokens(torch.cat((ids, answer)))[None], torch.tensor([kinds + [TEXT] * len(answer)])
     cache = Cache(model, 1, room=int((ATTENTION[model.attention](kind) == TEXT).sum()))
     model(x[:, :len(ids)], kind[:, :len(ids)], cache=cache)
@@ -111,7 +111,8 @@ def talk(model, kinds, ids, answer):
 
 
 @both
-@pytest.mark.parametrize("kinds", [[TEXT] * 4, [TEXT, IMAGE, IMAGE, TEXT, TEXT, IMAGE, TEXT]], ids=["text", "images"])
+@pytest.mark.parametrize("kinds", [[TEXT] * 4, [TEXT, IMAGE, IMAGE, TEXT, TEXT, IMAGE, TEXT]],
+                         ids=["text", "images"])
 def test_a_single_step_is_a_forward_pass(attention, kinds):
     model, ids, answer = tiny(attention), torch.arange(len(kinds)), torch.tensor([7, 40, 2])
     cache, expected = talk(model, kinds, ids, answer)
