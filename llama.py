@@ -428,9 +428,11 @@ class Llama(nn.Module):
         return times(self.lm_head.weight, self.norm(x))[None]
 
     def compile_step(self):
-        """Let torch.compile make fewer, larger operations of `step`; its first uses take long, without a picture,
-        with one, and again after the other."""
-        on_cpu = self.norm.weight.device.type == "cpu"          # there, what Python does between them costs the most
+        """Let torch.compile make fewer, larger operations of `step`.
+
+        That takes long at the first step of all, and once more at the first step behind a picture.
+        """
+        on_cpu = self.norm.weight.device.type == "cpu"      # there, what Python does between operations is much
         self.next_logits = torch.compile(self.next_logits, dynamic=True, options={"cpp_wrapper": on_cpu})
 
     @torch.no_grad()
