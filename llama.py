@@ -404,7 +404,7 @@ class Llama(nn.Module):
         return self.through_layers(x.flatten(0, 1).index_select(0, place), where, read, cache, image_kv, keep)
 
     def next_logits(self, token: Tensor, cos: Tensor, sin: Tensor, last: Tensor, texts: tuple[Tensor, ...],
-                    images: tuple[Tensor, ...]) -> Tensor:
+                    images: list[Tensor]) -> Tensor:
         """`step` without its bookkeeping: token (1) to logits (1, vocabulary), cos and sin (1, D).
 
         texts: keys and values of each layer (2, H_kv, S, D), with room at `last` (1) for the new ones; images:
