@@ -265,7 +265,7 @@ def main():
     parser.add_argument("--top-p", type=float, default=1.0,
                         help="with a temperature: draw from the likeliest words that together have this chance")
     parser.add_argument("--compile", action="store_true",
-                        help="torch.compile for decoding: the first answers take up to minutes, all others less")
+                        help="torch.compile for decoding: the first answers wait for it, later ones are faster")
     options = parser.parse_args()
     if not 0 <= options.temperature < float("inf"):
         parser.error(f"--temperature {options.temperature}: expected a finite number, 0 or more")
@@ -282,9 +282,11 @@ def main():
         album = Album(model, options.keep and options.keep / fingerprint(folder, config))
         chat = Chat(model, Tokenizer(towers(config)[0]), album, options.temperature, options.top_p)
         if options.compile:
-            if not any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++"))):
-                raise ValueError("--compile needs a C++ compiler: found no g++ and no clang++ on the PATH")
+            names = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++"]
+            if not any(map(shutil.which, names)):
+                raise ValueError(f"--compile needs a C++ compiler: found no {' and no '.join(names)}")
             model.llama.compile_step()
+            print("the first answers without, with one and with several pictures wait while it is compiled")
         print(f"{folder}: LLaMA-2 {config.size}, {config.attention}, on {device.type}")
         waiting = show(options.images, first=1)
         if not options.question:

@@ -430,7 +430,7 @@ class Llama(nn.Module):
     def compile_step(self):
         """Let torch.compile make fewer, larger operations of `step`.
 
-        That takes long at the first step of all, and once more at the first step behind a picture.
+        That takes long at the first step of all, and again at the first ones behind one and several pictures.
         """
         on_cpu = self.norm.weight.device.type == "cpu"      # there, what Python does between operations is much
         self.next_logits = torch.compile(self.next_logits, dynamic=True, options={"cpp_wrapper": on_cpu})
