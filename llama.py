@@ -79,10 +79,14 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return (x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin).to(x.dtype)
 
 
-def times(weight: Tensor, x: Tensor) -> Tensor:
-    """weight (out, in) times one vector x (in): mv reads memory faster than a product with a matrix of one row."""
-    if torch.compiler.is_compiling() and x.dtype == torch.float32:      # a compiled mv is the compiler's own loop,
-        return F.linear(x[None], weight)[0]         # measured slower than this in float32, faster in bfloat16
+def matvec(weight: Tensor, x: Tensor) -> Tensor:
+    """weight (out, in) times one vector x (in): mv reads memory faster than a product with a matrix of one row.
+
+    But when it is compiled, mv becomes a loop of the compiler's own: in float32 slower, in bfloat16 faster.
+    """
+    if torch.compiler.is_compiling() and x.dtype == torch.float32:
+        row = x.as_strided((1, len(x)), (len(x), 1))            # the same as x[None], which would be copied
+        return F.linear(row, weight)[0]
     return weight.mv(x)
 
 
@@ -90,26 +94,27 @@ def glance(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """mmca.py's `attend` for one token: q (H, D), k and v (H_kv, S, D) to (H, D)."""
     if not torch.compiler.is_compiling():
         return attend(q[None, :, None], k[None], v[None])[0, :, 0]
-    q = q.unflatten(0, (len(k), -1, 1)).float()                                     # (H_kv, H/H_kv, 1, D)
-    chance = ((k[:, None] * q).sum(-1) * q.shape[-1] ** -0.5).softmax(-1)           # sums, because they fuse
+    q = q.unflatten(0, (len(k), -1, 1)).float() * q.shape[-1] ** -0.5              # (H_kv, H/H_kv, 1, D), float32
+    chance = (k[:, None] * q).sum(-1).softmax(-1)                                  # sums, because they fuse
     return (chance[..., None] * v[:, None]).sum(-2).flatten(0, 1).to(v.dtype)
 
 
 class Cache:
     """Keys (after RoPE) and values of some conversations, so that what was said is not computed again.
 
-    Each conversation has `room` for so many text tokens, laid out beforehand; that for image tokens doubles as
-    they join. All together can be no more than the model's positions, which the caller looks after.
+    text[layer][conversation] (2, H_kv, room, D) is laid out beforehand; image[layer][conversation] likewise, but
+    when it is full its room grows to twice what is needed. All tokens together can be no more than the model's
+    positions, which the caller looks after.
     """
 
     def __init__(self, llama: "Llama", conversations: int, room: int):
         config, like = llama.config, llama.norm.weight
         heads, head_dim = config.num_key_value_heads, config.hidden_size // config.num_attention_heads
-        self.text = like.new_empty(config.num_hidden_layers, conversations, 2, heads, room, head_dim)
-        self.image = [[like.new_empty(2, heads, 0, head_dim)] * conversations for _ in llama.layers]
+        self.text, self.image = ([[like.new_empty(2, heads, places, head_dim) for _ in range(conversations)]
+                                  for _ in llama.layers] for places in (room, 0))
         self.past, self.room = [(0, 0)] * conversations, room           # text and image tokens that are in
-        self.everywhere = torch.arange(config.max_position_embeddings, device=like.device)
-        self.table = rope_table(self.everywhere, head_dim, config.rope_theta)
+        self.number = torch.arange(config.max_position_embeddings, device=like.device)
+        self.table = rope_table(self.number, head_dim, config.rope_theta)
 
     def expect(self, texts: list[int]):
         """Raises ValueError where there is no room for so many more text tokens of each conversation."""
@@ -123,10 +128,10 @@ class Cache:
         """
         n_text, n_image = self.past[row]
         after = n_text + text[0].shape[2]
-        kv = self.text[layer, row, :, None, :, :after]                          # (2, 1, H_kv, S, D)
+        kv = self.text[layer][row][:, None, :, :after]                          # (2, 1, H_kv, S, D)
         kv[:, :, :, n_text:] = torch.stack(text)
         seen, after = self.image[layer][row], n_image + image[0].shape[2]       # (2, H_kv, its room, D)
-        if after > seen.shape[2]:
+        if after >= seen.shape[2]:              # one place stays free, for a slice of all is no slice to a compiler
             seen = self.image[layer][row] = F.pad(seen, (0, 0, 0, 2 * after - seen.shape[2]))
         seen[:, :, n_image:after] = torch.cat(image)
         return kv.unbind(), seen[:, None, :, :after].unbind()
@@ -403,37 +408,51 @@ class Llama(nn.Module):
         read = row[read.flatten()]                                          # from a mask to the numbers of rows
         return self.through_layers(x.flatten(0, 1).index_select(0, place), where, read, cache, image_kv, keep)
 
-    def next_logits(self, token: Tensor, cos: Tensor, sin: Tensor, last: Tensor, texts: tuple[Tensor, ...],
-                    images: list[Tensor]) -> Tensor:
-        """`step` without its bookkeeping: token (1) to logits (1, vocabulary), cos and sin (1, D).
+    def next_logits(self, token: Tensor, position: Tensor, table: tuple[Tensor, Tensor], texts: list[Tensor],
+                    at: Tensor, images: list[Tensor], seen: Tensor) -> Tensor:
+        """`step` without its bookkeeping: token (1) to logits (1, vocabulary); position (1) is its row in `table`.
 
-        texts: keys and values of each layer (2, H_kv, S, D), with room at `last` (1) for the new ones; images:
-        likewise, or empty. All are tensors, so that torch.compile need not begin anew with every token.
+        texts: a cache's room for keys and values of each layer (2, H_kv, room, D); at (S): the numbers of the
+        places in use, the last one for the token. images, seen: likewise of image tokens, or no images. (Which of
+        ATTENTION there is does not matter: where images count as text, there are none.) All are tensors, so that
+        torch.compile need not begin anew with every token.
         """
+        cos, sin = (values[position, 0] for values in table)                                # (1, D)
         x = self.embed_tokens(token)[0]                                                     # (C)
         for i, (layer, text) in enumerate(zip(self.layers, texts)):
             attn, mlp, normed = layer.self_attn, layer.mlp, layer.input_layernorm(x)
-            qk = torch.cat((times(attn.q_proj.weight, normed), times(attn.k_proj.weight, normed)))
-            qk = rotate(qk.unflatten(0, (-1, attn.head_dim)), cos, sin)                     # (H + H_kv, D)
-            q, k = qk.split((len(qk) - text.shape[1], text.shape[1]))
-            v = times(attn.v_proj.weight, normed).view_as(k)
-            text.index_copy_(2, last, torch.stack((k, v))[:, :, None])
-            out = glance(q, *text)
+            q, k, v = (matvec(proj.weight, normed).view(-1, attn.head_dim)                  # (H or H_kv, D)
+                       for proj in (attn.q_proj, attn.k_proj, attn.v_proj))
+            # All three in one tensor: else the compiler would turn q again for every key that it meets.
+            q, kv = torch.cat((rotate(torch.cat((q, k)), cos, sin), v)).split((len(q), 2 * len(k)))
+            text.index_copy_(2, at[-1:], kv.unflatten(0, (2, -1))[:, :, None])
+            out = glance(q, *text[:, :, :len(at)])                                  # the softmax over text
             if images:
-                out = out + glance(q, *images[i])
-            x = x + times(attn.o_proj.weight, out.flatten())
+                out = out + glance(q, *images[i][:, :, :len(seen)])                 # and the one over image tokens
+            x = x + matvec(attn.o_proj.weight, out.flatten())
             normed = layer.post_attention_layernorm(x)
-            gated = F.silu(times(mlp.gate_proj.weight, normed)) * times(mlp.up_proj.weight, normed)
-            x = x + times(mlp.down_proj.weight, gated)
-        return times(self.lm_head.weight, self.norm(x))[None]
+            gated = F.silu(matvec(mlp.gate_proj.weight, normed)) * matvec(mlp.up_proj.weight, normed)
+            x = x + matvec(mlp.down_proj.weight, gated)
+        return matvec(self.lm_head.weight, self.norm(x))[None]
 
     def compile_step(self):
-        """Let torch.compile make fewer, larger operations of `step`.
+        """Let torch.compile make fewer, larger operations of `step`; from now on the modules must stay as they are.
 
-        That takes long at the first step of all, and again at the first ones behind one and several pictures.
+        That takes long at the first step of all, and again at the first one behind an image.
         """
-        on_cpu = self.norm.weight.device.type == "cpu"      # there, what Python does between operations is much
-        self.next_logits = torch.compile(self.next_logits, dynamic=True, options={"cpp_wrapper": on_cpu})
+        compiled, met = torch.compile(self.next_logits, isolate_recompiles=True, options={
+            "cpp_wrapper": self.norm.weight.device.type == "cpu",   # there, Python between operations takes long,
+            "guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe,      # and so do checks that
+            "size_asserts": False}), set()                                              # nothing has changed
+
+        def next_logits(token, position, table, texts, at, images, seen):
+            if (pictures := bool(images)) not in met:       # what changes its size later: else sizes are constants
+                met.add(pictures)
+                for tensor, dim in [(at, 0)] + [(seen, 0)] * pictures + [(image, 2) for image in images]:
+                    torch._dynamo.maybe_mark_dynamic(tensor, dim)
+            return compiled(token, position, table, texts, at, images, seen)
+
+        self.next_logits = next_logits
 
     @torch.no_grad()
     def step(self, token: Tensor, cache: Cache) -> Tensor:
@@ -444,11 +463,10 @@ class Llama(nn.Module):
         must be whole: not for ZeRO-3.
         """
         cache.expect([1])
-        n_text, n_image = cache.past[0]
-        cos, sin = (table[n_text + n_image] for table in cache.table)                       # (1, D)
-        texts = cache.text[:, 0, :, :, :n_text + 1].unbind()
-        images = [image[:, :, :n_image] for image, in cache.image] if n_image else []
-        logits = self.next_logits(token, cos, sin, cache.everywhere[n_text:n_text + 1], texts, images)
+        (n_text, n_image), number = cache.past[0], cache.number
+        texts, images = ([room for room, in rooms] for rooms in (cache.text, cache.image))
+        logits = self.next_logits(token, number[n_text + n_image:][:1], cache.table, texts, number[:n_text + 1],
+                                  images if n_image else [], number[:n_image])
         cache.past = [(n_text + 1, n_image)]
         return logits
 

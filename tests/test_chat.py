@@ -74,9 +74,9 @@ def test_the_cache_holds_what_a_full_forward_pass_gives(chat, pictures):
         chat.model.llama(chat.model.splice(ids, kind, images(pictures[:3])), kind, cache=whole)
     texts, shown = chat.cache.past[0]
     assert (texts + shown, shown) == (len(chat.ids) - 2, 12)            # the last word and </s> are yet to come
-    torch.testing.assert_close(chat.cache.text[..., :texts, :], whole.text[..., :texts, :], atol=1e-4, rtol=0)
-    for (ours,), (full,) in zip(chat.cache.image, whole.image):
-        torch.testing.assert_close(ours[:, :, :shown], full[:, :, :shown], atol=1e-4, rtol=0)
+    for found, expected, count in ((chat.cache.text, whole.text, texts), (chat.cache.image, whole.image, shown)):
+        for (ours,), (full,) in zip(found, expected):
+            torch.testing.assert_close(ours[:, :, :count], full[:, :, :count], atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("forward", [0, 4], ids=["reading the question", "answering"])

@@ -3,6 +3,7 @@ import io
 import json
 import os
 import shutil
+from copy import copy
 from pathlib import Path
 
 import pytest
@@ -133,6 +134,22 @@ def test_compiled_steps_are_forward_passes(dtype, tolerance):
             found += [model.step(token, cache) for token in answer[2:8].split(1)]
         found = torch.cat(found + [model.step(answer[8:], cache)])              # now the cache is full
         assert (found - expected).abs().max() <= tolerance * expected.abs().max()
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
+def test_steps_are_compiled_twice_however_long_the_talk_and_however_many_the_images():
+    plain = tiny("mmca")
+    quick, graphs = copy(plain), torch._dynamo.utils.counters["stats"]
+    quick.compile_step()
+    caches, before = [(model, Cache(model, 1, room=64)) for model in (plain, quick)], graphs["unique_graphs"]
+    for n_images in range(6):                           # of 4 tokens: their room is full now and then
+        kind = torch.tensor([[IMAGE] * 4 * (n_images > 0) + [TEXT] * 2])
+        x = torch.randn(*kind.shape, 48)
+        for model, cache in caches:
+            run(model, x, kind, cache)
+        for token in torch.arange(3).split(1):
+            same(*(model.step(token, cache) for model, cache in caches[::-1]))
+    assert graphs["unique_graphs"] - before == 2
 
 
 def test_a_full_cache_is_refused():
