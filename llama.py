@@ -79,15 +79,26 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return (x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin).to(x.dtype)
 
 
-def matvec(weight: Tensor, x: Tensor) -> Tensor:
-    """weight (out, in) times one vector x (in): mv reads memory faster than a product with a matrix of one row.
+def shortened(weight: Tensor) -> Tensor:
+    """A float32 weight in 16 bits, if they hold its values, as those of the official files; else as it is."""
+    if weight.dtype == torch.float32:
+        for short in (weight.to(torch.float16), weight.to(torch.bfloat16)):
+            if torch.equal(short.float(), weight):
+                return short
+    return weight
 
-    But when it is compiled, mv becomes a loop of the compiler's own: in float32 slower, in bfloat16 faster.
+
+def matvec(linear: nn.Linear, x: Tensor) -> Tensor:
+    """linear of one vector x (in), as mv, which reads memory faster than a product with a matrix of one row.
+
+    Compiled, mv is a loop of the compiler's own: slower in float32, faster in 16 bits, widened on the way if need be.
     """
-    if torch.compiler.is_compiling() and x.dtype == torch.float32:
+    if not torch.compiler.is_compiling():
+        return linear.weight.mv(x)
+    if linear.short.dtype == torch.float32:                     # see Llama.compile_step
         row = x.as_strided((1, len(x)), (len(x), 1))            # the same as x[None], which would be copied
-        return F.linear(row, weight)[0]
-    return weight.mv(x)
+        return F.linear(row, linear.short)[0]
+    return (linear.short * x).sum(-1)
 
 
 def glance(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -421,7 +432,7 @@ class Llama(nn.Module):
         x = self.embed_tokens(token)[0]                                                     # (C)
         for i, (layer, text) in enumerate(zip(self.layers, texts)):
             attn, mlp, normed = layer.self_attn, layer.mlp, layer.input_layernorm(x)
-            q, k, v = (matvec(proj.weight, normed).view(-1, attn.head_dim)                  # (H or H_kv, D)
+            q, k, v = (matvec(proj, normed).view(-1, attn.head_dim)                         # (H or H_kv, D)
                        for proj in (attn.q_proj, attn.k_proj, attn.v_proj))
             # All three in one tensor: else the compiler would turn q again for every key that it meets.
             q, kv = torch.cat((rotate(torch.cat((q, k)), cos, sin), v)).split((len(q), 2 * len(k)))
@@ -429,17 +440,21 @@ class Llama(nn.Module):
             out = glance(q, *text[:, :, :len(at)])                                  # the softmax over text
             if images:
                 out = out + glance(q, *images[i][:, :, :len(seen)])                 # and the one over image tokens
-            x = x + matvec(attn.o_proj.weight, out.flatten())
+            x = x + matvec(attn.o_proj, out.flatten())
             normed = layer.post_attention_layernorm(x)
-            gated = F.silu(matvec(mlp.gate_proj.weight, normed)) * matvec(mlp.up_proj.weight, normed)
-            x = x + matvec(mlp.down_proj.weight, gated)
-        return matvec(self.lm_head.weight, self.norm(x))[None]
+            gated = F.silu(matvec(mlp.gate_proj, normed)) * matvec(mlp.up_proj, normed)
+            x = x + matvec(mlp.down_proj, gated)
+        return matvec(self.lm_head, self.norm(x))[None]
 
     def compile_step(self):
         """Let torch.compile make fewer, larger operations of `step`; from now on the modules must stay as they are.
 
-        That takes long at the first step of all, and again at the first one behind an image.
+        That takes long at the first step of all, and again at the first one behind an image. Where 16 bits hold
+        float32 weights, they are kept that way, too, so that a step reads half as many bytes.
         """
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                module.short = shortened(module.weight.detach())
         compiled, met = torch.compile(self.next_logits, isolate_recompiles=True, options={
             "cpp_wrapper": self.norm.weight.device.type == "cpu",   # there, Python between operations takes long,
             "guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe,      # and so do checks that

@@ -107,12 +107,6 @@ def rate(dtype: torch.dtype) -> float:
     return 2 * side ** 3 / times({"mm": lambda: a @ a})["mm"]
 
 
-def bandwidth(n_bytes: int) -> float:
-    """Bytes per second of reading so many bytes once."""
-    data = torch.ones(n_bytes // 4, device=DEVICE)
-    return n_bytes / times({"read": data.sum})["read"]
-
-
 # ---- (a) attention ----
 
 def rounds(length: int, n_images: int) -> torch.Tensor:
@@ -160,16 +154,19 @@ def attention(options):
 def sizes(options) -> LlamaConfig:
     if options.size:
         return LLAMA_2[options.size]
-    heads = max(8, options.dim // 128)
-    return LlamaConfig(options.dim, options.dim * 43 // 16, 8, heads, heads)
+    dim = options.dim or 512
+    heads = max(8, dim // 128)
+    return LlamaConfig(dim, dim * 43 // 16, 8, heads, heads)
 
 
-def random_llama(config: LlamaConfig, dtype: torch.dtype) -> Llama:
+def random_llama(config: LlamaConfig, dtype: torch.dtype, wide: bool = False) -> Llama:
+    """Random weights, with values that 16 bits hold, as those in the official files, or wide ones that need 32."""
     with torch.device("meta"):
         llama = Llama(config).to(dtype)
     llama = llama.to_empty(device=DEVICE).requires_grad_(False)
     for name, parameter in llama.named_parameters():
         parameter.fill_(1) if "norm" in name else parameter.normal_(std=parameter.shape[1] ** -0.5)
+        parameter.copy_(parameter if wide else parameter.half())
     return llama
 
 
@@ -225,8 +222,9 @@ def step(options):
           f"{needed / found['ours'] / 1e9:.0f} of {limit / 1e9:.0f} GFLOP/s that a matrix product reaches, "
           f"share {needed / found['ours'] / limit:.2f}", flush=True)
     del actions
-    arguments = ["--precision", options.precision, "--dim", str(options.dim), "--length", str(options.length)]
+    arguments = ["--precision", options.precision, "--length", str(options.length)]
     arguments += ["--size", options.size] * bool(options.size) + ["--recompute"] * options.recompute
+    arguments += ["--dim", str(options.dim)] * bool(options.dim)
     ours, theirs = (alone("memory", "--step", name, *arguments)
                     for name in ("ours", "transformers"))
     print(f"memory beyond the weights: ours {ours:.0f} MB, transformers {theirs:.0f} MB, "
@@ -247,11 +245,11 @@ def memory(options):
 
 @torch.no_grad()
 def decode(options, prompt: int = 64, new: int = 64):
-    """Greedy decoding of so many tokens behind a text prompt, its reading included; ours also compiled."""
+    """Greedy decoding of so many tokens behind a text prompt, with and without its reading; ours also compiled."""
     dtype = DTYPES[options.precision]
-    for dim in ([options.dim] if options.size else [512, 2048]):
+    for dim in [options.dim] if options.dim or options.size else [512, 2048]:
         options.dim = dim
-        llama = random_llama(sizes(options), dtype)
+        llama = random_llama(sizes(options), dtype, options.wide)
         compiled = copy(llama)                                                  # with the same weights
         compiled.compile_step()
         theirs = their_llama(llama)
@@ -260,26 +258,31 @@ def decode(options, prompt: int = 64, new: int = 64):
         ids = torch.randint(3, llama.config.vocab_size, (1, prompt), device=DEVICE)
         kind = torch.full_like(ids, TEXT)
 
-        def ours(model: VisualChat) -> list[int]:
-            return [token.item() for token in model.generate(ids, kind, None, None, new)]
+        def ours(model: VisualChat, count: int) -> list[int]:
+            return [token.item() for token in model.generate(ids, kind, None, None, count)]
 
-        def transformers() -> list[int]:
-            found = theirs.generate(ids, attention_mask=kind, max_new_tokens=new, do_sample=False)
+        def transformers(count: int) -> list[int]:
+            found = theirs.generate(ids, attention_mask=kind, max_new_tokens=count, do_sample=False)
             return found[0, prompt:].tolist()
 
-        actions = {"ours": partial(ours, VisualChat(vit, llama)),
-                   "ours, compiled": partial(ours, VisualChat(vit, compiled)), "transformers": transformers}
-        started, answers = time.perf_counter(), {name: action() for name, action in actions.items()}
+        forms = {"ours": partial(ours, VisualChat(vit, llama)),
+                 "ours, compiled": partial(ours, VisualChat(vit, compiled)), "transformers": transformers}
+        started, answers = time.perf_counter(), {name: form(new) for name, form in forms.items()}
         print(f"{options.precision}, width {llama.config.hidden_size}: compiled and warm after "
               f"{time.perf_counter() - started:.0f} s")
-        found = times(actions, 5)
-        read = sum(p.numel() * p.element_size() for name, p in llama.named_parameters() if "embed" not in name)
-        limit = bandwidth(read)
-        for name, seconds in found.items():
+        n_bytes = sum(p.numel() * p.element_size() for name, p in llama.named_parameters() if "embed" not in name)
+        data = torch.ones(n_bytes // 4, device=DEVICE)
+        found = times({(name, count): partial(form, count) for name, form in forms.items() for count in (1, new)}
+                      | {"read": data.sum}, 7)
+        limit = n_bytes / found["read"]
+        whole = {name: new / found[name, new] for name in forms}
+        alone = {name: (new - 1) / (found[name, new] - found[name, 1]) for name in forms}
+        for name in forms:
             same = sum(a == b for a, b in zip(answers[name], answers["transformers"]))
-            print(f"{name}: {new / seconds:.1f} tokens/s, {found['transformers'] / seconds:.2f} of transformers' "
-                  f"({same} of {new} tokens the same); {read * new / seconds / 1e9:.1f} of "
-                  f"{limit / 1e9:.1f} GB/s, share {read * new / seconds / limit:.2f}", flush=True)
+            print(f"{name}: {alone[name]:.1f} tokens/s, {alone[name] / alone['transformers']:.2f} of transformers'; "
+                  f"with the prompt {whole[name]:.1f}, {whole[name] / whole['transformers']:.2f} "
+                  f"({same} of {new} tokens the same); {n_bytes * alone[name] / 1e9:.1f} of {limit / 1e9:.1f} GB/s, "
+                  f"share {n_bytes * alone[name] / limit:.2f}", flush=True)
 
 
 # ---- (d) a chat of eight rounds, (e) packing ----
@@ -423,7 +426,7 @@ def features():
                 model(**batch).backward()
                 seconds[name].append((loaded - started, time.perf_counter() - loaded))
     for i, part in enumerate(("opening the pictures", "forward and backward")):
-        before, after = (median(times[i] for times in seconds[name]) for name in ("vit", "kept"))
+        before, after = (median(batch[i] for batch in seconds[name]) for name in ("vit", "kept"))
         print(f"{part}: {1000 * before:.0f} ms with the ViT, {1000 * after:.0f} ms with kept features, "
               f"ratio {after / before:.2f}")
 
@@ -520,8 +523,10 @@ def main():
     parser.add_argument("what", choices=[*with_options, *without, "peak", "rank"])
     parser.add_argument("--precision", choices=list(DTYPES), default="fp32")
     parser.add_argument("--size", choices=list(LLAMA_2), help="random weights of this size, not of a small model")
-    parser.add_argument("--dim", type=int, default=512, help="width of the small model of eight layers")
+    parser.add_argument("--dim", type=int, help="width of the small model of eight layers; default 512, in `decode` "
+                                                "512 and then 2048")
     parser.add_argument("--length", type=int, default=2048, help="positions of a training step")
+    parser.add_argument("--wide", action="store_true", help="in `decode`: weights that 16 bits cannot hold")
     parser.add_argument("--recompute", action="store_true", help="in a training step, as train.py does")
     parser.add_argument("--step", help=argparse.SUPPRESS)
     parser.add_argument("--file", type=Path, help=argparse.SUPPRESS)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from sentencepiece import SentencePieceTrainer
 
-from llama import LLAMA_2, Cache, Head, Llama, LlamaConfig, RMSNorm, Tokenizer, read_file
+from llama import LLAMA_2, Cache, Head, Llama, LlamaConfig, RMSNorm, Tokenizer, read_file, shortened
 from mmca import ATTENTION, IMAGE, PAD, TEXT
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -122,11 +122,21 @@ def test_a_single_step_is_a_forward_pass(attention, kinds):
         model.step(answer[:1], cache)
 
 
+@pytest.mark.parametrize("values, kept", [
+    ([1.5, -65504.0], torch.float16), ([1.5, 1e38], torch.bfloat16), ([1.5, 1 / 3], torch.float32)], ids=str)
+def test_float32_weights_are_kept_in_16_bits_if_nothing_is_lost(values, kept):
+    weight = torch.tensor(values).to(kept).float()
+    assert shortened(weight).dtype == kept and torch.equal(shortened(weight).float(), weight)
+
+
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.03)], ids=str)
-def test_compiled_steps_are_forward_passes(dtype, tolerance):
-    model, ids, answer = tiny("mmca").to(dtype), torch.arange(6), torch.arange(9)
+@pytest.mark.parametrize("stored, dtype, tolerance", [
+    (torch.float32, torch.float32, 1e-5), (torch.float16, torch.float32, 1e-5),
+    (torch.bfloat16, torch.bfloat16, 0.03)], ids=str)
+def test_compiled_steps_are_forward_passes(stored, dtype, tolerance):
+    model, ids, answer = tiny("mmca").to(stored).to(dtype), torch.arange(6), torch.arange(9)
     model.compile_step()
+    assert {layer.mlp.up_proj.short.dtype for layer in model.layers} == {stored}        # what a step reads
     for kinds in ([TEXT] * 6, [TEXT, TEXT, IMAGE, IMAGE, IMAGE, TEXT]):         # each is compiled for itself
         cache, expected = talk(model, kinds, ids, answer)
         found = [model.step(token, cache) for token in answer[:2].split(1)]
