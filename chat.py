@@ -236,9 +236,9 @@ def talk(chat: Chat, waiting: list[Path]):
         before = chat.n_images
         try:
             line = input("> ").strip()
-            if line == "/quit":
+            if line.lower() == "/quit":
                 return
-            if line == "/new":
+            if line.lower() == "/new":
                 chat, waiting = chat.again(), []
             elif line.startswith("/") and not Path(line.split()[0]).suffix:    # no picture, absent or not
                 print(HELP)
@@ -265,7 +265,8 @@ def main():
     parser.add_argument("--top-p", type=float, default=1.0,
                         help="with a temperature: draw from the likeliest words that together have this chance")
     parser.add_argument("--compile", action="store_true",
-                        help="torch.compile for decoding: the first answers wait for it, later ones are faster")
+                        help="torch.compile for decoding: the first answers wait for it, later ones are faster; on a "
+                             "CPU it takes half as much memory again for the weights")
     options = parser.parse_args()
     if not 0 <= options.temperature < float("inf"):
         parser.error(f"--temperature {options.temperature}: expected a finite number, 0 or more")
@@ -273,6 +274,11 @@ def main():
         parser.error(f"--top-p {options.top_p}: expected more than 0 and at most 1")
     if options.top_p < 1 and not options.temperature:
         parser.error("--top-p does nothing without --temperature, such as --temperature 1")
+    if options.keep and options.keep.exists() and not options.keep.is_dir():
+        parser.error(f"--keep {options.keep}: expected a folder, or a name for one")
+    compilers = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++"]
+    if options.compile and not any(map(shutil.which, compilers)):
+        parser.error(f"--compile needs a C++ compiler: found no {' and no '.join(compilers)}")
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     try:
         folder = options.model or newest(Path("out"))
@@ -282,11 +288,8 @@ def main():
         album = Album(model, options.keep and options.keep / fingerprint(folder, config))
         chat = Chat(model, Tokenizer(towers(config)[0]), album, options.temperature, options.top_p)
         if options.compile:
-            names = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++"]
-            if not any(map(shutil.which, names)):
-                raise ValueError(f"--compile needs a C++ compiler: found no {' and no '.join(names)}")
             model.llama.compile_step()
-            print("the first answers without, with one and with several pictures wait while it is compiled")
+            print("the first answer without and the first one with a picture wait while it is compiled")
         print(f"{folder}: LLaMA-2 {config.size}, {config.attention}, on {device.type}")
         waiting = show(options.images, first=1)
         if not options.question:

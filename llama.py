@@ -98,7 +98,7 @@ def matvec(linear: nn.Linear, x: Tensor) -> Tensor:
     if linear.short.dtype == torch.float32:                     # see Llama.compile_step
         row = x.as_strided((1, len(x)), (len(x), 1))            # the same as x[None], which would be copied
         return F.linear(row, linear.short)[0]
-    return (linear.short * x).sum(-1)
+    return (linear.short * x.float()).sum(-1).to(x.dtype)
 
 
 def glance(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -270,19 +270,21 @@ def decode(options, prompt: int = 64, new: int = 64):
         started, answers = time.perf_counter(), {name: form(new) for name, form in forms.items()}
         print(f"{options.precision}, width {llama.config.hidden_size}: compiled and warm after "
               f"{time.perf_counter() - started:.0f} s")
-        n_bytes = sum(p.numel() * p.element_size() for name, p in llama.named_parameters() if "embed" not in name)
-        data = torch.ones(n_bytes // 4, device=DEVICE)
+        weights = [module for module in llama.modules() if isinstance(module, torch.nn.Linear)]
+        n_bytes = dict.fromkeys(forms, sum(module.weight.nbytes for module in weights))         # read for a token
+        n_bytes["ours, compiled"] = sum(module.short.nbytes for module in weights)
+        data = torch.ones(n_bytes["ours"] // 4, device=DEVICE)
         found = times({(name, count): partial(form, count) for name, form in forms.items() for count in (1, new)}
                       | {"read": data.sum}, 7)
-        limit = n_bytes / found["read"]
+        limit = data.nbytes / found["read"]
         whole = {name: new / found[name, new] for name in forms}
         alone = {name: (new - 1) / (found[name, new] - found[name, 1]) for name in forms}
         for name in forms:
             same = sum(a == b for a, b in zip(answers[name], answers["transformers"]))
             print(f"{name}: {alone[name]:.1f} tokens/s, {alone[name] / alone['transformers']:.2f} of transformers'; "
                   f"with the prompt {whole[name]:.1f}, {whole[name] / whole['transformers']:.2f} "
-                  f"({same} of {new} tokens the same); {n_bytes * alone[name] / 1e9:.1f} of {limit / 1e9:.1f} GB/s, "
-                  f"share {n_bytes * alone[name] / limit:.2f}", flush=True)
+                  f"({same} of {new} tokens the same); {n_bytes[name] * alone[name] / 1e9:.1f} of "
+                  f"{limit / 1e9:.1f} GB/s, share {n_bytes[name] * alone[name] / limit:.2f}", flush=True)
 
 
 # ---- (d) a chat of eight rounds, (e) packing ----

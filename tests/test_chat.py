@@ -326,7 +326,7 @@ def test_a_picture_joins_once_even_if_it_cannot_be_kept(chat, pictures, monkeypa
 @pytest.mark.parametrize("given, said", [
     (["--temperature", "-1"], "0 or more"), (["--temperature", "inf"], "0 or more"),
     (["--top-p", "0"], "at most 1"), (["--top-p", "0.5"], "does nothing without --temperature"),
-    (["--keep", str(ROOT / "README.md")], "README.md"),
+    (["--keep", str(ROOT / "README.md")], "--keep"),
     ([str(ROOT / "none.png"), "--question", "?"], "no picture")])
 def test_a_bad_setting_ends_the_program_with_a_line(overfitted, config, tmp_path, monkeypatch, capsys, given,
                                                            said):
@@ -367,8 +367,9 @@ def test_compiling_is_asked_for_on_the_command_line(overfitted, config, tmp_path
     assert len(calls) == 1 and capsys.readouterr().out.count("Question 1.") == 2
     monkeypatch.setenv("PATH", str(tmp_path))                   # where no compiler is
     monkeypatch.delenv("CXX", raising=False)
-    with pytest.raises(SystemExit, match="needs a C.. compiler"):
+    with pytest.raises(SystemExit):
         program.main()
+    assert "needs a C++ compiler" in capsys.readouterr().err
 
 
 def test_a_torch_that_knows_gpus_runs_where_there_is_none(overfitted, config, tmp_path, monkeypatch, capsys):
