@@ -434,7 +434,7 @@ class Llama(nn.Module):
             attn, mlp, normed = layer.self_attn, layer.mlp, layer.input_layernorm(x)
             q, k, v = (matvec(proj, normed).view(-1, attn.head_dim)                         # (H or H_kv, D)
                        for proj in (attn.q_proj, attn.k_proj, attn.v_proj))
-            # All three in one tensor: else the compiler would turn q again for every key that it meets.
+            # All three in one tensor: else the compiler would rotate q again for every key that it meets.
             q, kv = torch.cat((rotate(torch.cat((q, k)), cos, sin), v)).split((len(q), 2 * len(k)))
             text.index_copy_(2, at[-1:], kv.unflatten(0, (2, -1))[:, :, None])
             out = glance(q, *text[:, :, :len(at)])                                  # the softmax over text
