@@ -265,8 +265,8 @@ def main():
     parser.add_argument("--top-p", type=float, default=1.0,
                         help="with a temperature: draw from the likeliest words that together have this chance")
     parser.add_argument("--compile", action="store_true",
-                        help="torch.compile for decoding: the first answers wait for it, later ones are faster; on a "
-                             "CPU it takes half as much memory again for the weights")
+                        help="torch.compile for decoding: the first answers wait for it, later ones are faster; "
+                             "on a CPU the weights then take half as much memory again")
     options = parser.parse_args()
     if not 0 <= options.temperature < float("inf"):
         parser.error(f"--temperature {options.temperature}: expected a finite number, 0 or more")

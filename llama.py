@@ -91,7 +91,8 @@ def shortened(weight: Tensor) -> Tensor:
 def matvec(linear: nn.Linear, x: Tensor) -> Tensor:
     """linear of one vector x (in), as mv, which reads memory faster than a product with a matrix of one row.
 
-    Compiled, mv is a loop of the compiler's own: slower in float32, faster in 16 bits, widened on the way if need be.
+    Compiled, mv becomes a loop of the compiler's own: slower in float32, faster with weights of 16 bits,
+    whatever x has.
     """
     if not torch.compiler.is_compiling():
         return linear.weight.mv(x)
@@ -142,7 +143,7 @@ class Cache:
         kv = self.text[layer][row][:, None, :, :after]                          # (2, 1, H_kv, S, D)
         kv[:, :, :, n_text:] = torch.stack(text)
         seen, after = self.image[layer][row], n_image + image[0].shape[2]       # (2, H_kv, its room, D)
-        if after >= seen.shape[2]:              # one place stays free, for a slice of all is no slice to a compiler
+        if after >= seen.shape[2]:              # one place stays free: all of it would be compiled anew
             seen = self.image[layer][row] = F.pad(seen, (0, 0, 0, 2 * after - seen.shape[2]))
         seen[:, :, n_image:after] = torch.cat(image)
         return kv.unbind(), seen[:, None, :, :after].unbind()
@@ -447,7 +448,7 @@ class Llama(nn.Module):
         return matvec(self.lm_head, self.norm(x))[None]
 
     def compile_step(self):
-        """Let torch.compile make fewer, larger operations of `step`; from now on the modules must stay as they are.
+        """Let torch.compile make fewer, larger operations of `step`. From then on the modules must not change.
 
         That takes long at the first step of all, and again at the first one behind an image. Where 16 bits hold
         float32 weights, they are kept that way, too, so that a step reads half as many bytes.
