@@ -299,6 +299,10 @@ def main():
             waiting = take_turn(chat, line, waiting)
     except (OSError, ValueError) as error:
         sys.exit(f"chat.py: {error}")
+    except RuntimeError as error:                               # also what torch says when a compiler fails
+        if not options.compile:
+            raise
+        sys.exit(f"chat.py: {error}\nThis was with --compile; try without.")
     except KeyboardInterrupt:
         sys.exit(130)                                           # as shells have it
 

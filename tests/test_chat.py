@@ -365,6 +365,13 @@ def test_compiling_is_asked_for_on_the_command_line(overfitted, config, tmp_path
                             ["chat.py", "--model", str(tmp_path / "run"), "--question", "What is it?", *extra])
         program.main()
     assert len(calls) == 1 and capsys.readouterr().out.count("Question 1.") == 2
+
+    def failing(self):
+        raise RuntimeError("the compiler fails")
+
+    monkeypatch.setattr(Llama, "compile_step", failing)
+    with pytest.raises(SystemExit, match="compiler fails\n.*try without"):
+        program.main()
     monkeypatch.setenv("PATH", str(tmp_path))                   # where no compiler is
     monkeypatch.delenv("CXX", raising=False)
     with pytest.raises(SystemExit):
