@@ -276,10 +276,10 @@ def main():
         parser.error("--top-p does nothing without --temperature, such as --temperature 1")
     if options.keep and options.keep.exists() and not options.keep.is_dir():
         parser.error(f"--keep {options.keep}: expected a folder, or a name for one")
-    compilers = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++"]
-    if options.compile and not any(map(shutil.which, compilers)):
-        parser.error(f"--compile needs a C++ compiler: found no {' and no '.join(compilers)}")
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    compiler = os.environ.get("CXX") or "g++"                   # as torch has it
+    if options.compile and device.type == "cpu" and not shutil.which(compiler):
+        parser.error(f"--compile needs a C++ compiler: found no {compiler}; CXX can name another")
     try:
         folder = options.model or newest(Path("out"))
         model, config = load(folder, torch.float32 if device.type == "cpu" else torch.float16, device)
@@ -289,7 +289,7 @@ def main():
         chat = Chat(model, Tokenizer(towers(config)[0]), album, options.temperature, options.top_p)
         if options.compile:
             model.llama.compile_step()
-            print("the first answer without and the first one with a picture wait while it is compiled")
+            print("the first answer without and the first one with a picture stop for a while to be compiled")
         print(f"{folder}: LLaMA-2 {config.size}, {config.attention}, on {device.type}")
         waiting = show(options.images, first=1)
         if not options.question:

@@ -65,8 +65,8 @@ class RMSNorm(nn.Module):
 def rope_table(position: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
     """cos and sin (N, 1, D) in float32 for positions (N), the first half of sin negative as `rotate` wants it.
 
-    Made in every forward pass, since packing and cache move positions; in float32, since float16 tells integers
-    apart only up to 2,048.
+    Made in every forward pass, since packing and cache move positions (a cache has a table of all for single steps);
+    in float32, since float16 tells integers apart only up to 2,048.
     """
     frequency = theta ** -(torch.arange(0, head_dim, 2, device=position.device).float() / head_dim)    # (D/2)
     angle = position[:, None, None].float() * frequency
@@ -79,51 +79,20 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return (x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin).to(x.dtype)
 
 
-def shortened(weight: Tensor) -> Tensor:
-    """A float32 weight in 16 bits, if they hold its values, as those of the official files; else as it is."""
-    if weight.dtype == torch.float32:
-        for short in (weight.to(torch.float16), weight.to(torch.bfloat16)):
-            if torch.equal(short.float(), weight):
-                return short
-    return weight
-
-
-def matvec(linear: nn.Linear, x: Tensor) -> Tensor:
-    """linear of one vector x (in), as mv, which reads memory faster than a product with a matrix of one row.
-
-    Compiled, mv becomes a loop of the compiler's own: slower in float32, faster with weights of 16 bits,
-    whatever x has.
-    """
-    if not torch.compiler.is_compiling():
-        return linear.weight.mv(x)
-    if linear.short.dtype == torch.float32:                     # see Llama.compile_step
-        row = x.as_strided((1, len(x)), (len(x), 1))            # the same as x[None], which would be copied
-        return F.linear(row, linear.short)[0]
-    return (linear.short * x.float()).sum(-1).to(x.dtype)
-
-
-def glance(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """mmca.py's `attend` for one token: q (H, D), k and v (H_kv, S, D) to (H, D)."""
-    if not torch.compiler.is_compiling():
-        return attend(q[None, :, None], k[None], v[None])[0, :, 0]
-    q = q.unflatten(0, (len(k), -1, 1)).float() * q.shape[-1] ** -0.5              # (H_kv, H/H_kv, 1, D), float32
-    chance = (k[:, None] * q).sum(-1).softmax(-1)                                  # sums, because they fuse
-    return (chance[..., None] * v[:, None]).sum(-2).flatten(0, 1).to(v.dtype)
-
-
 class Cache:
     """Keys (after RoPE) and values of some conversations, so that what was said is not computed again.
 
     text[layer][conversation] (2, H_kv, room, D) is laid out beforehand; image[layer][conversation] likewise, but
-    when it is full its room grows to twice what is needed. All tokens together can be no more than the model's
-    positions, which the caller looks after.
+    before it is full its room grows to twice what is needed. All tokens together can be no more than the model's
+    positions, which the caller looks after. `number` and RoPE's `table` of all positions serve `Llama.step`.
     """
 
     def __init__(self, llama: "Llama", conversations: int, room: int):
         config, like = llama.config, llama.norm.weight
         heads, head_dim = config.num_key_value_heads, config.hidden_size // config.num_attention_heads
-        self.text, self.image = ([[like.new_empty(2, heads, places, head_dim) for _ in range(conversations)]
-                                  for _ in llama.layers] for places in (room, 0))
+        self.text = [[like.new_empty(2, heads, room, head_dim) for _ in range(conversations)]
+                     for _ in llama.layers]
+        self.image = [[like.new_empty(2, heads, 0, head_dim)] * conversations for _ in llama.layers]
         self.past, self.room = [(0, 0)] * conversations, room           # text and image tokens that are in
         self.number = torch.arange(config.max_position_embeddings, device=like.device)
         self.table = rope_table(self.number, head_dim, config.rope_theta)
@@ -143,7 +112,7 @@ class Cache:
         kv = self.text[layer][row][:, None, :, :after]                          # (2, 1, H_kv, S, D)
         kv[:, :, :, n_text:] = torch.stack(text)
         seen, after = self.image[layer][row], n_image + image[0].shape[2]       # (2, H_kv, its room, D)
-        if after >= seen.shape[2]:              # one place stays free: all of it would be compiled anew
+        if image[0].shape[2] and after >= seen.shape[2]:        # never full: that would be compiled anew
             seen = self.image[layer][row] = F.pad(seen, (0, 0, 0, 2 * after - seen.shape[2]))
         seen[:, :, n_image:after] = torch.cat(image)
         return kv.unbind(), seen[:, None, :, :after].unbind()
@@ -362,6 +331,40 @@ def read_config(path: Path) -> LlamaConfig:
         raise ValueError(f"{path} lacks a size: {error}") from error
 
 
+# What `Llama.next_logits` needs beside the modules: the same for one token alone, in a form that compiles well.
+
+def shortened(weight: Tensor) -> Tensor:
+    """A float32 weight in 16 bits, if they hold its values, as those of the official files; else as it is."""
+    if weight.dtype == torch.float32:
+        for short in (weight.to(torch.float16), weight.to(torch.bfloat16)):
+            if torch.equal(short.float(), weight):
+                return short
+    return weight
+
+
+def matvec(linear: nn.Linear, x: Tensor) -> Tensor:
+    """linear of one vector x (in), as mv, which reads memory faster than a product with a matrix of one row.
+
+    Compiled, it reads linear.short, which Llama.compile_step adds. Of 16 bits that is best read in a loop of the
+    compiler's own, which widens each value on its way; of 32, a library's product is faster than such a loop.
+    """
+    if not torch.compiler.is_compiling():
+        return linear.weight.mv(x)
+    if linear.short.dtype == torch.float32:
+        row = x.as_strided((1, len(x)), (len(x), 1))            # the same as x[None], which would be copied
+        return F.linear(row, linear.short)[0]
+    return (linear.short * x.float()).sum(-1).to(x.dtype)
+
+
+def glance(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """mmca.py's `attend` for one token: q (H, D), k and v (H_kv, S, D) to (H, D)."""
+    if not torch.compiler.is_compiling():
+        return attend(q[None, :, None], k[None], v[None])[0, :, 0]
+    q = q.unflatten(0, (len(k), -1, 1)).float() * q.shape[-1] ** -0.5              # (H_kv, H/H_kv, 1, D), float32
+    chance = (k[:, None] * q).sum(-1).softmax(-1)                                  # sums, because they fuse
+    return (chance[..., None] * v[:, None]).sum(-2).flatten(0, 1).to(v.dtype)
+
+
 class Llama(nn.Module):
     """The decoder. `embed_tokens` and `lm_head` are for the caller, before and after `forward`."""
 
@@ -425,9 +428,9 @@ class Llama(nn.Module):
         """`step` without its bookkeeping: token (1) to logits (1, vocabulary); position (1) is its row in `table`.
 
         texts: a cache's room for keys and values of each layer (2, H_kv, room, D); at (S): the numbers of the
-        places in use, the last one for the token. images, seen: likewise of image tokens, or no images. (Which of
-        ATTENTION there is does not matter: where images count as text, there are none.) All are tensors, so that
-        torch.compile need not begin anew with every token.
+        places in use, the last one for the token. images, seen: likewise of image tokens, or no images (under
+        causal attention there are none, since they count as text). All are tensors, so that torch.compile need not
+        begin anew with every token.
         """
         cos, sin = (values[position, 0] for values in table)                                # (1, D)
         x = self.embed_tokens(token)[0]                                                     # (C)
@@ -450,21 +453,23 @@ class Llama(nn.Module):
     def compile_step(self):
         """Let torch.compile make fewer, larger operations of `step`. From then on the modules must not change.
 
-        That takes long at the first step of all, and again at the first one behind an image. Where 16 bits hold
+        That takes long at the first step without an image and at the first one with some. Where 16 bits hold
         float32 weights, they are kept that way, too, so that a step reads half as many bytes.
         """
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 module.short = shortened(module.weight.detach())
-        compiled, met = torch.compile(self.next_logits, isolate_recompiles=True, options={
-            "cpp_wrapper": self.norm.weight.device.type == "cpu",   # there, Python between operations takes long,
-            "guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe,      # and so do checks that
-            "size_asserts": False}), set()                                              # nothing has changed
+        compiled = torch.compile(self.next_logits, isolate_recompiles=True, options={
+            "cpp_wrapper": self.norm.weight.device.type == "cpu",   # C++ between the operations, not slow Python
+            # No looking at every step whether a module or the shape of a weight has changed since.
+            "guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe, "size_asserts": False})
+        met = set()
 
         def next_logits(token, position, table, texts, at, images, seen):
-            if (pictures := bool(images)) not in met:       # what changes its size later: else sizes are constants
-                met.add(pictures)
-                for tensor, dim in [(at, 0)] + [(seen, 0)] * pictures + [(image, 2) for image in images]:
+            if bool(images) not in met:     # the first of its kind: say which sizes will change, or none may
+                met.add(bool(images))
+                changing = [(at, 0), (seen, 0)] if images else [(at, 0)]
+                for tensor, dim in changing + [(image, 2) for image in images]:
                     torch._dynamo.maybe_mark_dynamic(tensor, dim)
             return compiled(token, position, table, texts, at, images, seen)
 
@@ -475,14 +480,15 @@ class Llama(nn.Module):
         """The next text token (1) of the only conversation in a cache, to the logits (1, vocabulary) behind it.
 
         They are what embed_tokens, `forward` and lm_head give, in as few operations as possible: with a single
-        token, starting an operation takes longer than the operation. Weights are read past their modules, so they
-        must be whole: not for ZeRO-3.
+        token, starting a small operation takes longer than the operation. Weights are read past their modules, so
+        they must be whole: not for ZeRO-3.
         """
         cache.expect([1])
         (n_text, n_image), number = cache.past[0], cache.number
-        texts, images = ([room for room, in rooms] for rooms in (cache.text, cache.image))
-        logits = self.next_logits(token, number[n_text + n_image:][:1], cache.table, texts, number[:n_text + 1],
-                                  images if n_image else [], number[:n_image])
+        position = number[n_text + n_image:n_text + n_image + 1]
+        texts, images = [rooms[0] for rooms in cache.text], [rooms[0] for rooms in cache.image if n_image]
+        logits = self.next_logits(token, position, cache.table, texts, number[:n_text + 1],
+                                  images, number[:n_image])
         cache.past = [(n_text + 1, n_image)]
         return logits
 

@@ -33,7 +33,7 @@ def choose(logits: Tensor, temperature: float, top_p: float) -> Tensor:
     together have the chance top_p. temperature is not negative, top_p above 0 and at most 1.
     """
     if temperature < 1e-30:                             # in float32 as good as 0
-        return logits.max(-1).indices                   # faster than argmax on a CPU, and how `score` judges
+        return logits.max(-1).indices                   # faster than argmax on a CPU
     logits = logits.float()
     scores = (logits - logits.amax(-1, keepdim=True)) / temperature         # at most 0: none becomes infinite
     chance, ids = scores.softmax(-1).sort(descending=True)

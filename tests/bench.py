@@ -245,12 +245,12 @@ def memory(options):
 
 @torch.no_grad()
 def decode(options, prompt: int = 64, new: int = 64):
-    """Greedy decoding of so many tokens behind a text prompt, with and without its reading; ours also compiled."""
+    """Greedy decoding of so many tokens behind a text prompt, with and without reading it; ours also compiled."""
     dtype = DTYPES[options.precision]
     for dim in [options.dim] if options.dim or options.size else [512, 2048]:
         options.dim = dim
         llama = random_llama(sizes(options), dtype, options.wide)
-        compiled = copy(llama)                                                  # with the same weights
+        compiled = copy(llama)                                                  # with the same modules
         compiled.compile_step()
         theirs = their_llama(llama)
         theirs.generation_config.eos_token_id, theirs.generation_config.pad_token_id = None, 0
@@ -265,26 +265,26 @@ def decode(options, prompt: int = 64, new: int = 64):
             found = theirs.generate(ids, attention_mask=kind, max_new_tokens=count, do_sample=False)
             return found[0, prompt:].tolist()
 
-        forms = {"ours": partial(ours, VisualChat(vit, llama)),
+        ways = {"ours": partial(ours, VisualChat(vit, llama)),
                  "ours, compiled": partial(ours, VisualChat(vit, compiled)), "transformers": transformers}
-        started, answers = time.perf_counter(), {name: form(new) for name, form in forms.items()}
+        started, answers = time.perf_counter(), {name: way(new) for name, way in ways.items()}
         print(f"{options.precision}, width {llama.config.hidden_size}: compiled and warm after "
               f"{time.perf_counter() - started:.0f} s")
         weights = [module for module in llama.modules() if isinstance(module, torch.nn.Linear)]
-        n_bytes = dict.fromkeys(forms, sum(module.weight.nbytes for module in weights))         # read for a token
+        n_bytes = dict.fromkeys(ways, sum(module.weight.nbytes for module in weights))         # read for a token
         n_bytes["ours, compiled"] = sum(module.short.nbytes for module in weights)
         data = torch.ones(n_bytes["ours"] // 4, device=DEVICE)
-        found = times({(name, count): partial(form, count) for name, form in forms.items() for count in (1, new)}
+        found = times({(name, count): partial(way, count) for name, way in ways.items() for count in (1, new)}
                       | {"read": data.sum}, 7)
         limit = data.nbytes / found["read"]
-        whole = {name: new / found[name, new] for name in forms}
-        alone = {name: (new - 1) / (found[name, new] - found[name, 1]) for name in forms}
-        for name in forms:
+        whole = {name: new / found[name, new] for name in ways}
+        decoding = {name: (new - 1) / (found[name, new] - found[name, 1]) for name in ways}
+        for name in ways:
             same = sum(a == b for a, b in zip(answers[name], answers["transformers"]))
-            print(f"{name}: {alone[name]:.1f} tokens/s, {alone[name] / alone['transformers']:.2f} of transformers'; "
-                  f"with the prompt {whole[name]:.1f}, {whole[name] / whole['transformers']:.2f} "
-                  f"({same} of {new} tokens the same); {n_bytes[name] * alone[name] / 1e9:.1f} of "
-                  f"{limit / 1e9:.1f} GB/s, share {n_bytes[name] * alone[name] / limit:.2f}", flush=True)
+            print(f"{name}: {decoding[name]:.1f} tokens/s, {decoding[name] / decoding['transformers']:.2f} of "
+                  f"transformers'; with the prompt {whole[name]:.1f}, {whole[name] / whole['transformers']:.2f} "
+                  f"({same} of {new} tokens the same); {n_bytes[name] * decoding[name] / 1e9:.1f} of "
+                  f"{limit / 1e9:.1f} GB/s, share {n_bytes[name] * decoding[name] / limit:.2f}", flush=True)
 
 
 # ---- (d) a chat of eight rounds, (e) packing ----
