@@ -65,8 +65,8 @@ class RMSNorm(nn.Module):
 def rope_table(position: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
     """cos and sin (N, 1, D) in float32 for positions (N), the first half of sin negative as `rotate` wants it.
 
-    Made in every forward pass, since packing and cache move positions (single steps look it
-    up in a cache's table); in float32, since float16 tells integers apart only up to 2,048.
+    Made in every forward pass, since packing and cache move positions (single steps look it up in a cache's table);
+    in float32, since float16 tells integers apart only up to 2,048.
     """
     frequency = theta ** -(torch.arange(0, head_dim, 2, device=position.device).float() / head_dim)    # (D/2)
     angle = position[:, None, None].float() * frequency

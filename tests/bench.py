@@ -266,12 +266,12 @@ def decode(options, prompt: int = 64, new: int = 64):
             return found[0, prompt:].tolist()
 
         ways = {"ours": partial(ours, VisualChat(vit, llama)),
-                 "ours, compiled": partial(ours, VisualChat(vit, compiled)), "transformers": transformers}
+                "ours, compiled": partial(ours, VisualChat(vit, compiled)), "transformers": transformers}
         started, answers = time.perf_counter(), {name: way(new) for name, way in ways.items()}
         print(f"{options.precision}, width {llama.config.hidden_size}: compiled and warm after "
               f"{time.perf_counter() - started:.0f} s")
         weights = [module for module in llama.modules() if isinstance(module, torch.nn.Linear)]
-        n_bytes = dict.fromkeys(ways, sum(module.weight.nbytes for module in weights))         # read for a token
+        n_bytes = dict.fromkeys(ways, sum(module.weight.nbytes for module in weights))     # read for a token
         n_bytes["ours, compiled"] = sum(module.short.nbytes for module in weights)
         data = torch.ones(n_bytes["ours"] // 4, device=DEVICE)
         found = times({(name, count): partial(way, count) for name, way in ways.items() for count in (1, new)}
