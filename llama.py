@@ -83,7 +83,7 @@ class Cache:
     """Keys (after RoPE) and values of some conversations, so that what was said is not computed again.
 
     text[layer][conversation] (2, H_kv, room, D) is laid out beforehand; image[layer][conversation] likewise, but
-    before it is full its room grows to twice what is needed. All tokens together can be no more than the model's
+    when it is too small its room grows to twice what is needed. All tokens together can be no more than the model's
     positions, which the caller looks after. `number` and RoPE's `table` of all positions serve `Llama.step`.
     """
 
@@ -112,8 +112,8 @@ class Cache:
         kv = self.text[layer][row][:, None, :, :after]                          # (2, 1, H_kv, S, D)
         kv[:, :, :, n_text:] = torch.stack(text)
         seen, after = self.image[layer][row], n_image + image[0].shape[2]       # (2, H_kv, its room, D)
-        if image[0].shape[2] and after >= seen.shape[2]:        # never full: that would be compiled anew
-            seen = self.image[layer][row] = F.pad(seen, (0, 0, 0, 2 * after - seen.shape[2]))
+        if after > seen.shape[2]:               # twice, and 1: a full one would be compiled anew
+            seen = self.image[layer][row] = F.pad(seen, (0, 0, 0, 2 * after + 1 - seen.shape[2]))
         seen[:, :, n_image:after] = torch.cat(image)
         return kv.unbind(), seen[:, None, :, :after].unbind()
 
