@@ -272,8 +272,9 @@ def build_shared_out(config: ModelConfig, dtype: torch.dtype, settings: dict) ->
     for module in reversed(list(model.modules())):              # parts before the whole
         module.to_empty(device=get_accelerator().current_device_name(), recurse=False)
         if any(True for _ in module.parameters(recurse=False)):
-            sharing = deepspeed.zero.Init(module=module, config_dict_or_path=settings, dtype=dtype,
-                                          param_swapper=swapper)
+            # No dtype is given: DeepSpeed 0.19.8 would take BF16 for any on a CPU without AVX512-FP16, where it
+            # takes the right one from the settings.
+            sharing = deepspeed.zero.Init(module=module, config_dict_or_path=settings, param_swapper=swapper)
             swapper = getattr(sharing, "param_swapper", None)   # there is one for --offload nvme alone
     for tower, folder in zip((model.llama, model.vit), towers(config)):
         parameters = dict(tower.named_parameters())
