@@ -1,12 +1,14 @@
-"""QWen-VL's visual encoder (arXiv 2308.12966): a ViT, then a resampler that sums up a picture in a few tokens.
+"""QWen-VL's visual encoder (arXiv 2308.12966): a ViT, then a resampler that sums up an image in a few tokens.
 
-    448×448 picture ─► 32×32 patches ─► 48 transformer layers ─► 256 queries look at the 1024 patches ─► 256 tokens
+    448×448 image ─► 32×32 patches ─► 48 transformer layers ─► 256 queries attend to 1,024 patches ─► 256 tokens
 
-Two habits differ from the usual ViT: there is no class token, and q, k, v lie interleaved per head in one matrix.
-Every module has its name in the official checkpoint, under `transformer.visual.`. Next file: visualchat.py.
+Two things differ from the usual ViT: there is no class token, and q, k and v lie interleaved per head in one
+matrix. Every module has its name in the official checkpoint, under `transformer.visual.`. Before: mmca.py with the
+letters for shapes. Next: visualchat.py.
 """
 from collections.abc import Iterator
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -15,12 +17,13 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor, nn
 
-from llama import load_strictly, read_json, read_tensors
+from weights import load_strictly, read_json, read_tensors, without_values
 
 MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073])[:, None, None]      # CLIP's, over red, green, blue
 STD = torch.tensor([0.26862954, 0.26130258, 0.27577711])[:, None, None]
 PREFIX = "transformer.visual."
 EPS = 1e-6
+HEAD_DIM = 128                  # of the resampler, at every size
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")       # none that starts another program
 IN_CONFIG = ("image_size", "patch_size", "width", "layers", "heads", "output_dim")   # what config.json names
 
@@ -39,22 +42,23 @@ class VisionConfig:
     grid: int = 16                  # side of the square of learned positions, before it is resized to the patches
 
 
-# ---- a picture from a file ----
+# ---- an image from a file ----
 
-def open_image(file, name=None) -> Image.Image:
-    """An RGB picture from a path or file that Pillow opens: upright (EXIF), transparency on white, first frame.
+def read_image(file) -> Image.Image:
+    """An RGB image: the first frame, upright as EXIF says, transparent parts on white, 16 and 32 bits scaled to 8.
 
-    Raises FileNotFoundError for no file, ValueError that names it (or `name`) for a damaged, huge or other file.
+    file: a Path, or anything else with `read_bytes()` and a str() that names it, as sources.EncodedImage. Raises
+    FileNotFoundError for no file and ValueError that names it for a damaged, huge or other file.
     """
     try:
-        with Image.open(file, formats=FORMATS) as opened:
+        with Image.open(BytesIO(file.read_bytes()), formats=FORMATS) as opened:
             image = ImageOps.exif_transpose(opened)                         # a copy, of the first frame
     except FileNotFoundError:
-        raise
+        raise FileNotFoundError(f"no image {file}") from None
     except UnidentifiedImageError as error:
-        raise ValueError(f"{name or file} is no readable picture of a format in {', '.join(FORMATS)}") from error
+        raise ValueError(f"{file} is no readable image of a format in {', '.join(FORMATS)}") from error
     except Exception as error:                                  # Pillow's readers raise all kinds for bad files
-        raise ValueError(f"{name or file} is no readable picture: {error}") from error
+        raise ValueError(f"{file} is no readable image: {error}") from error
     if image.mode.startswith("I") or image.mode == "F":                     # 16 or 32 bits: bring to 0..255
         values = np.asarray(image, dtype=np.float32)
         brightest = values.max(initial=0)
@@ -67,17 +71,27 @@ def open_image(file, name=None) -> Image.Image:
     return image.convert("RGB")
 
 
-def pixels(image: Image.Image, size: int = 448) -> Tensor:
-    """The encoder's input (3, size, size) float32: the picture squeezed to a square, normalized as CLIP does."""
+def to_pixels(image: Image.Image, size: int = 448) -> Tensor:
+    """The encoder's input (3, size, size) float32: the image squeezed to a square, normalized as CLIP does."""
     square = image.resize((size, size), Image.Resampling.BICUBIC)
     rgb = torch.from_numpy(np.array(square)).permute(2, 0, 1) / 255         # (3, size, size)
     return (rgb - MEAN) / STD
 
 
+def load_pixels(file, size: int) -> Tensor:
+    """The encoder's input (3, size, size) from a file; raises as `read_image` does."""
+    return to_pixels(read_image(file), size)
+
+
 # ---- parts ----
 
+def small_random(*shape: int) -> nn.Parameter:
+    """A parameter with random first values, for the towers that tiny/pretrain.py makes."""
+    return nn.Parameter(nn.init.normal_(torch.empty(*shape), std=0.02))
+
+
 def resized(grid: Tensor, patches: int) -> Tensor:
-    """A square of learned positions (G*G, C), stretched to (patches, C) as bicubic interpolation does."""
+    """A square grid of learned positions (G*G, C), stretched to (patches, C) by bicubic interpolation."""
     old, new = round(grid.shape[0] ** 0.5), round(patches ** 0.5)
     if old == new:
         return grid
@@ -86,7 +100,9 @@ def resized(grid: Tensor, patches: int) -> Tensor:
     return square[0].flatten(1).T.to(grid.dtype)
 
 
-class Attention(nn.Module):
+class VisionAttention(nn.Module):
+    """Every patch attends to all patches."""
+
     def __init__(self, width: int, heads: int):
         super().__init__()
         self.heads = heads
@@ -94,12 +110,12 @@ class Attention(nn.Module):
         self.out_proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.in_proj(x).unflatten(-1, (self.heads, 3, -1)).unbind(-2)       # each (N, P, H, D)
+        q, k, v = self.in_proj(x).unflatten(-1, (self.heads, 3, -1)).unbind(-2)       # each (I, P, H, D)
         out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
-        return self.out_proj(out.transpose(1, 2).flatten(2))                          # (N, P, C)
+        return self.out_proj(out.transpose(1, 2).flatten(2))                          # (I, P, C)
 
 
-class MLP(nn.Module):
+class VisionMLP(nn.Module):
     def __init__(self, width: int, mlp_width: int):
         super().__init__()
         self.c_fc = nn.Linear(width, mlp_width)
@@ -113,9 +129,9 @@ class Block(nn.Module):
     def __init__(self, config: VisionConfig):
         super().__init__()
         self.ln_1 = nn.LayerNorm(config.width, eps=EPS)
-        self.attn = Attention(config.width, config.heads)
+        self.attn = VisionAttention(config.width, config.heads)
         self.ln_2 = nn.LayerNorm(config.width, eps=EPS)
-        self.mlp = MLP(config.width, config.mlp_width)
+        self.mlp = VisionMLP(config.width, config.mlp_width)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attn(self.ln_1(x))
@@ -134,7 +150,11 @@ class Transformer(nn.Module):
 
 
 class PoolAttention(nn.Module):
-    """torch's MultiheadAttention by its parameters, but of modules whose weights ZeRO-3 gathers when they run."""
+    """PyTorch's MultiheadAttention, with its parameters' names and layout.
+
+    PyTorch's own reads the weights of `out_proj` without calling that module; under ZeRO-3 a module's weights are
+    whole only while it runs.
+    """
 
     def __init__(self, width: int):
         super().__init__()
@@ -145,32 +165,33 @@ class PoolAttention(nn.Module):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         parts = zip((q, k, v), self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3))
-        q, k, v = (F.linear(*part).unflatten(-1, (-1, 128)).transpose(1, 2) for part in parts)    # (N, H, ·, 128)
+        q, k, v = (F.linear(*part).unflatten(-1, (-1, HEAD_DIM)).transpose(1, 2)    # (I, H, n_queries or P, D)
+                   for part in parts)
         return self.out_proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
 class Resampler(nn.Module):
-    """Learned queries look at all patches: P patches in, as many tokens as queries out."""
+    """Learned queries attend to all patches: P patches in, as many tokens as queries out."""
 
     def __init__(self, config: VisionConfig):
         super().__init__()
-        self.query = nn.Parameter(torch.randn(config.n_queries, config.output_dim) * 0.02)
-        self.pos_embed = nn.Parameter(torch.randn(config.n_queries, config.output_dim) * 0.02)
+        self.query = small_random(config.n_queries, config.output_dim)
+        self.pos_embed = small_random(config.n_queries, config.output_dim)
         self.kv_proj = nn.Linear(config.width, config.output_dim, bias=False)
         self.attn = PoolAttention(config.output_dim)
         self.ln_q = nn.LayerNorm(config.output_dim, eps=EPS)
         self.ln_kv = nn.LayerNorm(config.output_dim, eps=EPS)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.ln_kv(self.kv_proj(x))                                     # (N, P, output_dim)
+        x = self.ln_kv(self.kv_proj(x))                                     # (I, P, output_dim)
         q = (self.ln_q(self.query) + self.pos_embed).expand(x.shape[0], -1, -1)
-        k = x + resized(self.pos_embed, x.shape[1])                         # places guide the look only
-        return self.attn(q, k, x)                                           # (N, n_queries, output_dim)
+        k = x + resized(self.pos_embed, x.shape[1])                         # the values get no positions
+        return self.attn(q, k, x)                                           # (I, n_queries, output_dim)
 
 
 # ---- the whole ----
 
-def read_config(path: Path, tensors: dict[str, Tensor]) -> VisionConfig:
+def read_vision_config(path: Path, tensors: dict[str, Tensor]) -> VisionConfig:
     """Sizes from config.json's `visual`, and from the shapes of `tensors` where it is silent."""
     if not path.exists():
         raise FileNotFoundError(f"no {path}: a QWen-VL folder has config.json and its weight shards")
@@ -191,15 +212,15 @@ class VisionTransformer(nn.Module):
         super().__init__()
         self.config = config
         self.conv1 = nn.Conv2d(3, config.width, config.patch_size, config.patch_size, bias=False)
-        self.positional_embedding = nn.Parameter(torch.randn(config.grid ** 2, config.width) * 0.02)
+        self.positional_embedding = small_random(config.grid ** 2, config.width)
         self.ln_pre = nn.LayerNorm(config.width, eps=EPS)
         self.transformer = Transformer(config)
         self.attn_pool = Resampler(config)
         self.ln_post = nn.LayerNorm(config.output_dim, eps=EPS)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Pixels (N, 3, image_size, image_size) to features (N, n_queries, output_dim)."""
-        x = self.conv1(images).flatten(2).mT                                # (N, P, C)
+        """Pixels (I, 3, image_size, image_size) to features (I, n_queries, output_dim)."""
+        x = self.conv1(images).flatten(2).mT                                # (I, P, C)
         x = self.ln_pre(x + resized(self.positional_embedding, x.shape[1]))
         return self.ln_post(self.attn_pool(self.transformer(x)))
 
@@ -208,17 +229,17 @@ class VisionTransformer(nn.Module):
         """The encoder of an official QWen-VL folder, from its pickled shards or from safetensors.
 
         Only shards that the index names for `transformer.visual.` are opened. QWen-VL's last step, `proj`, is left
-        out as DeepSpeed-VisualChat does. Raises FileNotFoundError for absent files, ValueError for unfitting ones.
+        out, as in DeepSpeed-VisualChat. Raises FileNotFoundError for absent files and ValueError for wrong ones.
         """
         folder = Path(folder)
         tensors = dict(cls.tensors(folder))
-        with torch.device("meta"):                              # no memory and no time spent on initial values
-            vit = cls(read_config(folder / "config.json", tensors))
+        with without_values():
+            vit = cls(read_vision_config(folder / "config.json", tensors))
         load_strictly(vit, tensors, folder, dtype, device)
         return vit
 
     @staticmethod
     def tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
-        """(name here, tensor) of a QWen-VL folder, memory-mapped, without `proj`."""
+        """(name in this module, tensor) for all of a QWen-VL folder's encoder but `proj`, memory-mapped."""
         return ((name.removeprefix(PREFIX), tensor) for name, tensor in read_tensors(folder, PREFIX)
                 if name != f"{PREFIX}proj")

@@ -3,9 +3,10 @@
     python tests/bench.py attention   both forms of MMCA and plain causal attention, there and back: time, memory
     python tests/bench.py step        a training step against transformers' LLaMA: time, memory, share of the limit
     python tests/bench.py decode      tokens per second against transformers' generate, share of memory bandwidth
-    python tests/bench.py chat        time to the first token in eight rounds with eight pictures
+    python tests/bench.py chat        time to the first token in eight rounds with eight images
     python tests/bench.py packing     packed conversations against padded ones, all nine datasets of the tiny world
-    python tests/bench.py images      memory: one picture out of a 2 GB JSON file of base64 texts
+    python tests/bench.py two_softmaxes   how much longer the second softmax makes the residual stream of --model
+    python tests/bench.py images      memory: one image out of a 2 GB JSON file of base64 texts
     python tests/bench.py features    time: a training step on kept features against one that runs the ViT
     python tests/bench.py loading     memory and time: two ZeRO-3 ranks load a random LLaMA of a billion parameters
     python tests/bench.py plan        memory of a training step of that model against what --plan predicts
@@ -15,6 +16,7 @@ They print medians. `loading` and `plan` measure a CPU process, so they say noth
 """
 import argparse
 import base64
+import json
 import os
 import random
 import resource
@@ -22,7 +24,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from copy import copy
 from dataclasses import asdict, replace
 from functools import partial
 from io import BytesIO
@@ -37,13 +38,17 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import save_file
 
-import shapes
+import mmca as mmca_module
 from chat import Chat
-from data import Conversations, Features, Round, collate, encode_round, open_picture, pack, packed, read
-from llama import LLAMA_2, Llama, LlamaConfig, Tokenizer, read_config
-from mmca import IMAGE, TEXT, compact_mmca, layout, mmca
-from vit import VisionConfig, VisionTransformer
-from visualchat import IGNORE, ModelConfig, VisualChat, build, towers
+from data import Conversations, Features, Round, collate, encode, encode_round, pack, to_tensors
+from decode import compile_step, with_short_weights
+from llama import LLAMA_2, Cache, Llama, LlamaConfig, Tokenizer, read_llama_config
+from mmca import IMAGE, TEXT, compact_attention, mmca, separate
+from sources import COCO, DIALOGUE, Reader, encoded_images, llava, read_datasets
+from tiny import world
+from tiny.pretrain import VIT
+from vit import VisionConfig, VisionTransformer, load_pixels
+from visualchat import IGNORE, ModelConfig, VisualChat, build, load, towers
 
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -80,7 +85,7 @@ def resident() -> tuple[float, float]:
 
 
 def peak_of(action) -> float:
-    """MB that an action needs at its height, beyond what was there before; in a process of its own, see `alone`."""
+    """MB that an action needs at its height, beyond what was there before; in its own process, see `alone`."""
     if DEVICE.type == "cuda":
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
@@ -109,25 +114,24 @@ def rate(dtype: torch.dtype) -> float:
 
 # ---- (a) attention ----
 
-def rounds(length: int, n_images: int) -> torch.Tensor:
+def kinds(length: int, n_images: int) -> torch.Tensor:
     """kind (1, length): images evenly among the text, some text first and last."""
     text = length - n_images * PER_IMAGE
-    kinds = ([TEXT] * (text // (n_images + 1)) + [IMAGE] * PER_IMAGE) * n_images
-    return torch.tensor([kinds + [TEXT] * (length - len(kinds))])
+    found = ([TEXT] * (text // (n_images + 1)) + [IMAGE] * PER_IMAGE) * n_images
+    return torch.tensor([found + [TEXT] * (length - len(found))])
 
 
 def forms(length: int, n_images: int, dtype: torch.dtype, heads: int = 8, width: int = 64) -> dict:
     """Forward and backward pass of each form of attention over one conversation, inputs as llama.py has them."""
-    kind = rounds(length, n_images)
-    where = layout(kind)
+    kind = kinds(length, n_images)
+    where = separate(kind)
     q, k, v, out = (torch.randn(1, heads, length, width, dtype=dtype, device=DEVICE) for _ in range(4))
     whole = [x.clone().requires_grad_() for x in (q, k, v)]
-    flat_q, flat_k, flat_v, flat_out = (x[0].transpose(0, 1)[where.place].contiguous() for x in (q, k, v, out))
+    flat_q, flat_k, flat_v, flat_out = (x[0].transpose(0, 1)[where.index].contiguous() for x in (q, k, v, out))
     parts = [x.clone().requires_grad_() for x in (flat_q[:where.n_text], flat_k, flat_v)]
 
     def compact():
-        text = compact_mmca(*parts, layout(kind.to(DEVICE)))
-        torch.cat((text, parts[2][where.n_text:])).backward(flat_out)
+        compact_attention(*parts, separate(kind.to(DEVICE))).backward(flat_out)
 
     return {"explicit": lambda: mmca(*whole, kind.to(DEVICE)).backward(out), "compact": compact,
             "causal": lambda: F.scaled_dot_product_attention(*whole, is_causal=True).backward(out)}
@@ -188,7 +192,7 @@ def steps(options) -> tuple[dict, float]:
     torch.manual_seed(0)
     dtype, length, n_images = DTYPES[options.precision], options.length, 4 if options.length <= 2048 else 8
     llama = random_llama(sizes(options), dtype)
-    config, theirs, kind = llama.config, their_llama(llama), rounds(length, n_images).to(DEVICE)
+    config, theirs, kind = llama.config, their_llama(llama), kinds(length, n_images).to(DEVICE)
     text = (kind[0] == TEXT).nonzero()[:, 0]
     labels = torch.full((1, length), IGNORE, device=DEVICE)
     answers = text[-(length // 3):]
@@ -201,14 +205,14 @@ def steps(options) -> tuple[dict, float]:
         loss, _ = llama.lm_head(llama(x, kind, read), labels[:, 1:][read[:, :-1]])
         loss.mean().backward()
 
-    # What the step cannot do without: two operations per value and token forward, two for the token's gradient, none
-    # for that of frozen weights. An image row needs no query, and in the last layer keys and values alone.
+    # What the step cannot do without: two operations per value and token forward, two for the token's gradient,
+    # none for that of frozen weights. An image row needs no query, and in the last layer keys and values alone.
     n_text, n_image, layers = len(text), n_images * PER_IMAGE, config.num_hidden_layers
     layer = sum(p.numel() for p in llama.layers[0].parameters())
     kv = 2 * llama.layers[0].self_attn.k_proj.weight.numel()
     values = (layers * n_text * layer + n_image * ((layers - 1) * (layer - config.hidden_size ** 2) + kv)
               + len(answers) * llama.lm_head.weight.numel())
-    pairs = n_text ** 2 / 2 + sum(count * seen for count, seen in layout(kind).talks[0].runs)
+    pairs = n_text ** 2 / 2 + sum(count * seen for count, seen in separate(kind).segments[0].runs)
     scores = layers * config.hidden_size * pairs                # 2 products forward, 5 backward
     return ({"ours": ours, "transformers": lambda: theirs(inputs_embeds=x, labels=labels).loss.backward()},
             4 * values + 14 * scores)
@@ -243,6 +247,11 @@ def memory(options):
     print(peak_of(actions[name]))
 
 
+def weight_bytes(llama: Llama) -> int:
+    """Bytes of weights that are read for one token: all matrices but the embedding."""
+    return sum(p.nbytes for name, p in llama.named_parameters() if p.ndim == 2 and "embed" not in name)
+
+
 @torch.no_grad()
 def decode(options, prompt: int = 64, new: int = 64):
     """Greedy decoding of so many tokens behind a text prompt, with and without reading it; ours also compiled."""
@@ -250,29 +259,29 @@ def decode(options, prompt: int = 64, new: int = 64):
     for dim in [options.dim] if options.dim or options.size else [512, 2048]:
         options.dim = dim
         llama = random_llama(sizes(options), dtype, options.wide)
-        compiled = copy(llama)                                                  # with the same modules
-        compiled.compile_step()
+        compiled = compile_step(llama)
         theirs = their_llama(llama)
         theirs.generation_config.eos_token_id, theirs.generation_config.pad_token_id = None, 0
-        vit = VisionTransformer(shapes.VIT).to(DEVICE, dtype)
+        model = VisualChat(VisionTransformer(VIT).to(DEVICE, dtype), llama)
         ids = torch.randint(3, llama.config.vocab_size, (1, prompt), device=DEVICE)
         kind = torch.full_like(ids, TEXT)
 
-        def ours(model: VisualChat, count: int) -> list[int]:
-            return [token.item() for token in model.generate(ids, kind, None, None, count)]
+        def ours(step, count: int) -> list[int]:
+            cache = Cache(llama, 1, prompt + count)
+            logits = model.prefill(llama.embed_tokens(ids), kind, cache)
+            return [token.item() for token in model.generate(logits, cache, count, step=step)]
 
         def transformers(count: int) -> list[int]:
             found = theirs.generate(ids, attention_mask=kind, max_new_tokens=count, do_sample=False)
             return found[0, prompt:].tolist()
 
-        ways = {"ours": partial(ours, VisualChat(vit, llama)),
-                "ours, compiled": partial(ours, VisualChat(vit, compiled)), "transformers": transformers}
+        ways = {"ours": partial(ours, None), "ours, compiled": partial(ours, compiled),
+                "transformers": transformers}
         started, answers = time.perf_counter(), {name: way(new) for name, way in ways.items()}
         print(f"{options.precision}, width {llama.config.hidden_size}: compiled and warm after "
               f"{time.perf_counter() - started:.0f} s")
-        weights = [module for module in llama.modules() if isinstance(module, torch.nn.Linear)]
-        n_bytes = dict.fromkeys(ways, sum(module.weight.nbytes for module in weights))     # read for a token
-        n_bytes["ours, compiled"] = sum(module.short.nbytes for module in weights)
+        n_bytes = dict.fromkeys(ways, weight_bytes(llama))
+        n_bytes["ours, compiled"] = weight_bytes(with_short_weights(llama))
         data = torch.ones(n_bytes["ours"] // 4, device=DEVICE)
         found = times({(name, count): partial(way, count) for name, way in ways.items() for count in (1, new)}
                       | {"read": data.sum}, 7)
@@ -289,83 +298,96 @@ def decode(options, prompt: int = 64, new: int = 64):
 
 # ---- (d) a chat of eight rounds, (e) packing ----
 
+def chat_model(options) -> tuple[VisualChat, Tokenizer]:
+    """Random towers for `chat`."""
+    dtype, tokenizer = DTYPES[options.precision], Tokenizer(towers(ModelConfig())[0])
+    llama = random_llama(replace(sizes(options), vocab_size=tokenizer.model.vocab_size()), dtype)
+    vision = VisionConfig() if options.size else VisionConfig(224, 14, 256, 6, 4, 1024, 512, PER_IMAGE, 16)
+    return VisualChat(VisionTransformer(vision).to(DEVICE, dtype), llama), tokenizer
+
+
+def first_token(action) -> float:
+    """Seconds until the first item of an iterator; the rest of it is made, too."""
+    started = time.perf_counter()
+    items = action()
+    next(items)
+    finish()
+    seconds = time.perf_counter() - started
+    list(items)
+    return seconds
+
+
 @torch.no_grad()
 def chat(options):
     """Seconds to the first token of each round, with the cache and from scratch."""
     torch.manual_seed(0)
-    dtype = DTYPES[options.precision]
-    tokenizer = Tokenizer(towers(ModelConfig())[0])
-    llama = random_llama(replace(sizes(options), vocab_size=tokenizer.model.vocab_size()), dtype)
-    vision = VisionConfig() if options.size else VisionConfig(224, 14, 256, 6, 4, 1024, 512, PER_IMAGE, 16)
-    model = VisualChat(VisionTransformer(vision).to(DEVICE, dtype), llama)
+    model, tokenizer = chat_model(options)
     question = "What color is the shape in the image? Does any image show a big shape? Describe the image."
-    clock = {}
 
-    def clocked(*arguments, generate=model.generate):
-        for token in generate(*arguments):
-            finish()
-            clock.setdefault("first", time.perf_counter())
-            yield token
+    def answer(conversation: Chat, file: Path):
+        new = encode_round(Round((file,), question), conversation.n_images, not conversation.ids, tokenizer,
+                           PER_IMAGE)
+        yield from conversation.answer(conversation.read(new), ANSWER)
 
-    def first_token(action) -> float:
-        clock.clear()
-        started = time.perf_counter()
-        action()
-        return clock["first"] - started
+    def again(ids: torch.Tensor, kind: torch.Tensor, shown: list[Path]):
+        images = torch.stack([load_pixels(file, model.vit.config.image_size) for file in shown]).to(DEVICE)
+        cache, x = Cache(model.llama, 1, ids.shape[1] + ANSWER), model.embed(ids, kind, model.image_tokens(images))
+        yield from model.generate(model.prefill(x, kind, cache), cache, 1)
 
-    model.generate = clocked
     found = []                                                  # per round: kept, again; at last: seen, new
     with tempfile.TemporaryDirectory() as folder:
         files = [Path(folder) / f"{i}.png" for i in range(10)]
         for i, file in enumerate(files):
-            shapes.draw(("big", "red", "star", "left"), random.Random(i)).save(file)
+            world.draw_scene(("big", "red", "star", "left"), random.Random(i)).save(file)
         for _ in range(5):
-            talk, seconds = Chat(model, tokenizer), []
+            conversation, seconds = Chat(model, tokenizer), []
             for i, file in enumerate(files[:8]):
                 new = encode_round(Round((file,), question), i, i == 0, tokenizer, PER_IMAGE)
-                ids, kind = (torch.tensor([before + more], device=DEVICE)
-                             for before, more in ((talk.ids, new.ids), (talk.kind, new.kind)))
-
-                def again():
-                    pictures = torch.stack([open_picture(shown, vision.image_size) for shown in files[:i + 1]])
-                    next(model.generate(ids, kind, pictures.to(DEVICE), None, ANSWER))
-
-                seconds.append((first_token(lambda: list(talk.ask(question, [file], ANSWER))), first_token(again)))
-            seconds.append(tuple(first_token(lambda: list(talk.ask(question, [file], ANSWER)))
+                ids, kind = (torch.tensor([before + more], device=DEVICE) for before, more in
+                             ((conversation.ids, new.ids), (conversation.kind, new.kind)))
+                seconds.append((first_token(partial(answer, conversation, file)),
+                                first_token(partial(again, ids, kind, files[:i + 1]))))
+            seconds.append(tuple(first_token(partial(answer, conversation, file))
                                  for file in (files[0], files[8])))
             found.append(seconds)
-    rows = [[median(values) for values in zip(*row)] for row in zip(*found)]
-    for i, (kept, anew) in enumerate(rows[:8], 1):
+    medians = [[median(values) for values in zip(*pair)] for pair in zip(*found)]
+    for i, (kept, anew) in enumerate(medians[:8], 1):
         print(f"round {i}: first token after {1e3 * kept:.0f} ms, from scratch {1e3 * anew:.0f} ms, "
               f"ratio {kept / anew:.3f}")
-    print(f"then a picture seen before: {1e3 * rows[8][0]:.0f} ms, a new one: {1e3 * rows[8][1]:.0f} ms")
+    print(f"then an image seen before: {1e3 * medians[8][0]:.0f} ms, a new one: {1e3 * medians[8][1]:.0f} ms")
 
 
 def padded(rows: list[dict]) -> dict:
     """The batch that pack would not make: a conversation per row, each as long as the longest."""
     longest = max(len(row["ids"]) for row in rows)
     fill = {"ids": 0, "kind": TEXT, "labels": IGNORE}           # text behind the end changes nothing before it
-    return {"images": torch.cat([row["images"] for row in rows])} | {
+    features = torch.cat([row["features"] for row in rows])
+    return {"features": features, "lengths": [longest] * len(rows)} | {
         name: torch.stack([F.pad(row[name], (0, longest - len(row[name])), value=value) for row in rows])
         for name, value in fill.items()}
 
 
+def images_of(conversations: list) -> list:
+    """All image files of these conversations, each once."""
+    return list(dict.fromkeys(file for conversation in conversations for round_ in conversation.rounds
+                              for file in round_.images))
+
+
 def packing(options):
     """Forward and backward of the tiny model over steps of 16 conversations of all nine datasets."""
-    shapes.ensure(Path("data/tiny"))
+    world.ensure(Path("data/tiny"))
     model, tokenizer = build(ModelConfig()), Tokenizer(towers(ModelConfig())[0])
     model.freeze()
-    talks = random.Random(0).sample(read(Path("data/tiny"), ["set2"]), 320)
+    conversations = random.Random(0).sample(read_datasets(Path("data/tiny"), ["set2"]), 320)
     with tempfile.TemporaryDirectory() as folder:
         kept = Features(Path(folder), model.vit)
-        pictures = dict.fromkeys(image for talk in talks for turn in talk.rounds for image in turn.images)
-        kept.fill(list(pictures), model.vit)
-        rows = list(Conversations(talks, tokenizer, model.vit.config, features=kept))
+        kept.fill(images_of(conversations), model.vit)
+        rows = list(Conversations(conversations, tokenizer, model.vit.config, features=kept))
     groups = [rows[i:i + 16] for i in range(0, len(rows), 16)]
     batches = {"packed": [batch for group in groups for batch in pack(group, 4096)],
                "padded": [padded(group) for group in groups]}
     real = sum(len(row["ids"]) for row in rows)
-    found = times({name: lambda given=given: [model(**batch).backward() for batch in given]
+    found = times({name: lambda given=given: [model(**batch)[0].mean().backward() for batch in given]
                    for name, given in batches.items()}, 5)
     for name, given in batches.items():
         positions = sum(batch["ids"].numel() for batch in given)
@@ -374,10 +396,43 @@ def packing(options):
     print(f"packed is {found['padded'] / found['packed']:.2f} times as fast")
 
 
+# ---- what the second softmax does to the residual stream ----
+
+@torch.no_grad()
+def two_softmaxes(options):
+    """For text that sees an image, the mean length of the stream after each layer's attention with both softmaxes,
+    over that with the first one alone. The last layer computes answers only and is left out."""
+    model, config = load(options.model)
+    tokenizer, test, vision = Tokenizer(towers(config)[0]), Path("data/tiny/test_seen"), model.vit.config
+    world.ensure(test.parent)
+    conversations = list(llava(Reader(test.name, test), [test / DIALOGUE], test / COCO))[:120]
+    batch = collate([to_tensors(encode(conversation.rounds, tokenizer, vision.n_queries), vision.image_size)
+                     for conversation in conversations])
+    layout, streams, of_images = separate(batch["kind"], batch["lengths"]), [], []
+    sees = torch.cat([torch.full((n,), n_seen > 0) for part in layout.segments for n, n_seen in part.runs])
+    attend_twice = mmca_module.attend_twice
+
+    def watched(q, text, image, runs):
+        out, none = attend_twice(q, text, image, runs), tuple(x[:, :, :0] for x in image)
+        of_images.append((out - attend_twice(q, text, none, runs))[0].transpose(0, 1).flatten(1))
+        return out
+
+    for layer in model.llama.layers:
+        layer.post_attention_layernorm.register_forward_pre_hook(lambda _, inputs: streams.append(inputs[0]))
+    mmca_module.attend_twice = watched
+    model(**batch)
+    mmca_module.attend_twice = attend_twice
+    for i, layer in enumerate(model.llama.layers[:-1]):
+        both = streams[i][:layout.n_text][sees]
+        part = torch.cat(of_images[i * len(conversations):(i + 1) * len(conversations)])[sees]
+        alone = both - layer.self_attn.o_proj(part)
+        print(f"layer {i + 1}: {(both.norm(dim=-1) / alone.norm(dim=-1)).mean():.2f}")
+
+
 # ---- data, loading, the plan ----
 
 def images(gigabytes: float = 2):
-    """Peak resident memory of building the index and, in a fresh process, of reading one picture with it."""
+    """Peak resident memory of building the index and, in a fresh process, of reading one image with it."""
     buffer = BytesIO()
     Image.effect_noise((640, 480), 100).convert("RGB").save(buffer, "JPEG", quality=95)
     text = base64.b64encode(buffer.getvalue()).decode()
@@ -389,7 +444,7 @@ def images(gigabytes: float = 2):
             for i in range(count):
                 stream.write(f'{"," * (i > 0)} "SN_IMG_{i:08d}": "{text}"')
             stream.write("}")
-        print(f"{count} pictures, {file.stat().st_size / 1e9:.2f} GB")
+        print(f"{count} images, {file.stat().st_size / 1e9:.2f} GB")
         for what in ("import", "index", "read"):
             command = [sys.executable, __file__, "peak", "--step", what, "--file", str(file)]
             subprocess.run(command, check=True)
@@ -399,35 +454,34 @@ def peak(step: str, file: Path):
     """Do one step and print this process's peak resident memory, in MB of 1,000,000 bytes, and the time taken."""
     started = time.perf_counter()
     if step != "import":
-        found = packed(file)
+        found = encoded_images(file)
     if step == "read":
-        open_picture(list(found.values())[-1], 448)
+        load_pixels(list(found.values())[-1], 448)
     print(f"{step:6}  peak {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6:.0f} MB, "
           f"{time.perf_counter() - started:.2f} s")
 
 
 def features():
     """Forward and backward of the tiny model over the same batches, with the ViT and with what it once made."""
-    shapes.ensure(Path("data/tiny"))
+    world.ensure(Path("data/tiny"))
     config = ModelConfig()
     model, tokenizer = build(config), Tokenizer(towers(config)[0])
     model.freeze()
-    talks = read(Path("data/tiny"), ["set2"])[::8]
+    conversations = read_datasets(Path("data/tiny"), ["set2"])[::8]
     with tempfile.TemporaryDirectory() as folder:
         kept = Features(Path(folder), model.vit)
-        pictures = list(dict.fromkeys(image for talk in talks for turn in talk.rounds for image in turn.images))
-        kept.fill(pictures, model.vit)
+        kept.fill(images_of(conversations), model.vit)
         seconds = {}
         for name, given in (("vit", None), ("kept", kept)):
-            rows = Conversations(talks, tokenizer, model.vit.config, features=given)
+            rows = Conversations(conversations, tokenizer, model.vit.config, features=given)
             seconds[name] = []
             for i in range(0, min(len(rows), 320), 16):
                 started = time.perf_counter()
                 batch = collate([rows[k] for k in range(i, i + 16)])
                 loaded = time.perf_counter()
-                model(**batch).backward()
+                model(**batch)[0].mean().backward()
                 seconds[name].append((loaded - started, time.perf_counter() - loaded))
-    for i, part in enumerate(("opening the pictures", "forward and backward")):
+    for i, part in enumerate(("opening the images", "forward and backward")):
         before, after = (median(batch[i] for batch in seconds[name]) for name in ("vit", "kept"))
         print(f"{part}: {1000 * before:.0f} ms with the ViT, {1000 * after:.0f} ms with kept features, "
               f"ratio {after / before:.2f}")
@@ -444,8 +498,8 @@ def billion(folder: Path) -> Path:
     for file in sorted(set(weight_map.values())):
         save_file({name: torch.randn(shapes_of[name.removeprefix("model.")], dtype=torch.bfloat16) * 0.02
                    for name, where in weight_map.items() if where == file}, folder / file)
-    shapes.write_json(folder / "model.safetensors.index.json", {"weight_map": weight_map})
-    shapes.write_json(folder / "config.json", {"model_type": "llama", **asdict(config)})
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama", **asdict(config)}))
     return folder
 
 
@@ -464,7 +518,8 @@ def loading(step: str = ""):
 
 def ranks(folder: Path | str, step: str):
     """Two processes that run `rank`."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", __file__, "rank"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", __file__,
+               "rank"]
     # Left to itself, glibc keeps blocks of up to 32 MB when they are freed, and here those would be gigabytes.
     subprocess.run([*command, "--file", str(folder), "--step", step], check=True,
                    env={"OMP_NUM_THREADS": "1", **os.environ, "MALLOC_MMAP_THRESHOLD_": str(2 ** 18)})
@@ -479,57 +534,60 @@ def plan():
 
 def rank(folder: Path, step: str):
     """One rank of `loading` or `plan`."""
+    import recipe
     import train
-    train.start()
-    tiny, length, pictures = step == "tiny", 1024, 8
-    config, llama = ModelConfig(llama=str(folder)), read_config(folder / "config.json")
-    train.sizes = lambda size: (llama, shapes.VIT)
+    import zero
+    zero.start()
+    tiny, length, n_images = step == "tiny", 1024, 8
+    config, llama = ModelConfig(llama=str(folder)), read_llama_config(folder / "config.json")
+    zero.published_sizes = lambda size: (llama, VIT)
     rows = 16 if tiny else 1
-    options = train.for_size(train.Options(precision="fp32" if tiny else "bf16", batch=2 * rows,
-                                           positions=rows * length, recompute=step == "recompute"))
+    options = recipe.for_size(recipe.Options(precision="fp32" if tiny else "bf16", batch=2 * rows,
+                                             positions=rows * length, recompute=step == "recompute"))
     before = resident()[0]
-    train.dist.barrier()
+    zero.dist.barrier()
     started = time.perf_counter()
-    model = train.build_shared_out(config, train.DTYPES[options.precision], train.settings_for(options, 2))
+    model = zero.build_shared_out(config, zero.settings_for(options, 2))
     seconds = time.perf_counter() - started
-    print(f"rank {train.dist.get_rank()}: bare process {before:.0f} MB, peak while loading "
+    print(f"rank {zero.dist.get_rank()}: bare process {before:.0f} MB, peak while loading "
           f"{resident()[1]:.0f} MB, {seconds:.2f} s", flush=True)
-    train.dist.barrier()
+    zero.dist.barrier()
     if not step:
         return
     model.freeze()
     model.llama.recompute = options.recompute
-    engine = train.engine_for(model, options, 10, universal=False)
+    engine = zero.engine_for(model, options, 10, universal=False)
     kind = torch.full((rows, length), TEXT)
-    kind[:, 8:8 + pictures * shapes.VIT.n_queries] = IMAGE
+    kind[:, 8:8 + n_images * VIT.n_queries] = IMAGE
     labels = torch.randint(0, llama.vocab_size, (rows, length))
     labels[:, :length * 2 // 3] = IGNORE
     batch = dict(ids=torch.randint(0, llama.vocab_size, (rows, length)), kind=kind, labels=labels,
-                 images=torch.randn(rows * pictures, 3, shapes.VIT.image_size, shapes.VIT.image_size))
+                 lengths=[length] * rows, images=torch.randn(rows * n_images, 3, VIT.image_size, VIT.image_size))
     for _ in range(2):
         train.train_step(engine, [batch])
-    predicted = train.memory(options, llama, shapes.VIT, 2)
-    if train.dist.get_rank() == 0:
+    predicted = zero.memory(options, llama, VIT, 2)
+    if zero.dist.get_rank() == 0:
         print({name: round(value / 1e6) for name, value in predicted.items()})
         total, found = sum(predicted.values()) / 1e6, resident()[1] - before
         print(f"{step}: predicted {total:.0f} MB, measured {found:.0f} MB over the bare process, "
               f"ratio {total / found:.2f}", flush=True)
-    train.dist.barrier()
+    zero.dist.barrier()
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     with_options = {"attention": attention, "step": step, "decode": decode, "chat": chat, "packing": packing,
-                    "memory": memory}
+                    "two_softmaxes": two_softmaxes, "memory": memory}
     without = {"images": images, "features": features, "loading": loading, "plan": plan}
     parser.add_argument("what", choices=[*with_options, *without, "peak", "rank"])
     parser.add_argument("--precision", choices=list(DTYPES), default="fp32")
     parser.add_argument("--size", choices=list(LLAMA_2), help="random weights of this size, not of a small model")
-    parser.add_argument("--dim", type=int, help="width of the small model of eight layers; default 512, in `decode` "
-                                                "512 and then 2048")
+    parser.add_argument("--dim", type=int, help="width of the small model of eight layers; default 512, in "
+                                                "`decode` 512 and then 2048")
     parser.add_argument("--length", type=int, default=2048, help="positions of a training step")
     parser.add_argument("--wide", action="store_true", help="in `decode`: weights that 16 bits cannot hold")
     parser.add_argument("--recompute", action="store_true", help="in a training step, as train.py does")
+    parser.add_argument("--model", type=Path, default=Path("out/tiny"), help="training result of `two_softmaxes`")
     parser.add_argument("--step", help=argparse.SUPPRESS)
     parser.add_argument("--file", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()

@@ -1,4 +1,4 @@
-"""What several test files share: a tiny random model in official folders, its tokenizer, pictures."""
+"""What several test files share: a tiny random model in official folders, its tokenizer, images."""
 import copy
 import json
 from pathlib import Path
@@ -10,31 +10,52 @@ from PIL import Image
 from safetensors.torch import save_file
 from sentencepiece import SentencePieceTrainer
 
-from data import SYSTEM, Round, collate, encode, tensors
+from data import SYSTEM, Round, collate, encode, to_tensors
 from llama import Llama, LlamaConfig, Tokenizer
-from mmca import IMAGE, TEXT, compact_mmca, layout
+from mmca import IMAGE, PAD, TEXT, all_text, compact_attention, mmca, separate, written_attention
+from tiny.world import write_world
+from training import ROOT, losses
 from visualchat import ModelConfig, build, whole_answers
 from vit import IN_CONFIG, PREFIX, VisionConfig, VisionTransformer
 
+TINY = LlamaConfig(48, 80, 2, 4, 2, vocab_size=50)
 VIT = VisionConfig(image_size=16, patch_size=8, width=16, layers=2, heads=2, mlp_width=32, output_dim=128,
                    n_queries=4, grid=2)
 
 
-def compact(q, k, v, kind, past=0):
-    """compact_mmca in the clothes of mmca: takes batches apart and puts them together again, shapes as there."""
-    before = [(int((row == TEXT).sum()), int((row == IMAGE).sum())) for row in kind[:, :past]]
-    where = layout(kind[:, past:], past=before)
+def tiny(attention="causal", config=TINY):
+    torch.manual_seed(0)
+    return Llama(config, attention).requires_grad_(False)
+
+
+def flat_form(form, q, k, v, kind, past=0):
+    """A form of attention for flat lists, called like mmca(): takes batches apart and puts them together."""
+    rows = [tuple(number for number in row if number != PAD) for row in kind[:, :past].tolist()]
+    layout = separate(kind[:, past:], past=rows)
 
     def extend(row, *new):
-        """The past's keys and values before the new ones, as a KV cache has them."""
+        """The past's keys and values before the new ones, as a key/value cache has them."""
         return [[torch.cat((x[row:row + 1, :, :past][:, :, kind[row, :past] == of_kind], part), dim=2)
                  for x, part in zip((k, v), pair)] for of_kind, pair in zip((TEXT, IMAGE), new)]
 
-    flat_q, flat_k, flat_v = (x[:, :, -q.shape[2]:].transpose(1, 2).flatten(0, 1)[where.place] for x in (q, k, v))
-    text = compact_mmca(flat_q[:where.n_text], flat_k, flat_v, where, extend if past else None)
-    own = flat_v[where.n_text:].repeat_interleave(q.shape[1] // k.shape[1], dim=1)
-    out = torch.zeros_like(q.transpose(1, 2)).flatten(0, 1).index_put((where.place,), torch.cat((text, own)))
+    flat_q, flat_k, flat_v = (x[:, :, -q.shape[2]:].transpose(1, 2).flatten(0, 1)[layout.index] for x in (q, k, v))
+    flat_q = flat_q[:layout.n_text] if form is compact_attention else flat_q
+    found = form(flat_q, flat_k, flat_v, layout, extend if past else None)
+    out = torch.zeros_like(q.transpose(1, 2)).flatten(0, 1).index_put((layout.index,), found)
     return out.unflatten(0, (len(kind), -1)).transpose(1, 2)
+
+
+def causal(q, k, v, kind, past=0):
+    """Causal attention by the written formula."""
+    return mmca(q, k, v, all_text(kind), past)
+
+
+def compact(*arguments):
+    return flat_form(compact_attention, *arguments)
+
+
+def written(*arguments):
+    return flat_form(written_attention, *arguments)
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -45,7 +66,7 @@ def one_thread():
 
 @pytest.fixture(scope="session")
 def config(tmp_path_factory) -> ModelConfig:
-    """Where the tiny towers lie. Their weights are large, so that every token and every picture matters."""
+    """Where the tiny towers lie. Their weights are large, so that every token and every image matters."""
     llama, vit = tmp_path_factory.mktemp("llama"), tmp_path_factory.mktemp("vit")
     SentencePieceTrainer.train(
         sentence_iterator=iter([f"{SYSTEM}\n### Image 1:\n### Question: What is it?\n### Answer: A cat."] * 20),
@@ -68,6 +89,20 @@ def config(tmp_path_factory) -> ModelConfig:
 
 
 @pytest.fixture
+def llama_folder(tmp_path):
+    """A function that writes a tiny official folder, with changes to its tensors and its config.json."""
+    def write(tensors=None, config=None):
+        weights = {name if name == "lm_head.weight" else f"model.{name}": t
+                   for name, t in tiny().state_dict().items()}
+        weights = {name: t for name, t in (weights | (tensors or {})).items() if t is not None}
+        save_file(weights, tmp_path / "model.safetensors")
+        found = {"model_type": "llama"} | vars(TINY) | (config or {})
+        (tmp_path / "config.json").write_text(json.dumps({name: x for name, x in found.items() if x is not None}))
+        return tmp_path
+    return write
+
+
+@pytest.fixture
 def model(config):
     torch.manual_seed(0)
     return build(config)
@@ -79,9 +114,9 @@ def tokenizer(config) -> Tokenizer:
 
 
 @pytest.fixture(scope="session")
-def pictures(tmp_path_factory) -> list[Path]:
+def image_files(tmp_path_factory) -> list[Path]:
     """Four files that look different."""
-    folder, random = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
+    folder, random = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
     files = [folder / f"{name}.png" for name in "abcd"]
     for file in files:
         Image.fromarray(random.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(file)
@@ -89,14 +124,14 @@ def pictures(tmp_path_factory) -> list[Path]:
 
 
 @pytest.fixture(scope="session")
-def rows(tokenizer, pictures):
+def rows(tokenizer, image_files):
     """Conversations with two images in one round, one image in a later round, and none; of different lengths."""
-    a, b, c, d = pictures
-    told = [[Round((a, b), "Which is it?", "A cat.")],
-            [Round((), "What is it?", "Question 1."), Round((c,), "What is image 1?", "You look at it.")],
-            [Round((), "Is it a cat?", "A question.")],
-            [Round((d,), "What is image 1?", "Answer: images.")]]
-    return [tensors(encode(rounds, tokenizer, VIT.n_queries), VIT.image_size) for rounds in told]
+    a, b, c, d = image_files
+    conversations = [[Round((a, b), "Which is it?", "A cat.")],
+                     [Round((), "What is it?", "Question 1."), Round((c,), "What is image 1?", "You look at it.")],
+                     [Round((), "Is it a cat?", "A question.")],
+                     [Round((d,), "What is image 1?", "Answer: images.")]]
+    return [to_tensors(encode(rounds, tokenizer, VIT.n_queries), VIT.image_size) for rounds in conversations]
 
 
 @pytest.fixture(scope="session")
@@ -110,7 +145,7 @@ def overfitted(config, rows):
     optimizer = torch.optim.AdamW(trainable, 2e-2, (0.0, 0.95), weight_decay=0)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1, 0, 300)
     for _ in range(300):
-        losses, right = model.score(**batch)
+        losses, right = model(**batch)
         whole = whole_answers(batch["labels"], right)
         if halfway is None and whole.any() and not whole.all():
             halfway = copy.deepcopy(model)
@@ -121,3 +156,17 @@ def overfitted(config, rows):
         optimizer.step()
         schedule.step()
     return before, halfway, model, losses.mean().item()
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory) -> Path:
+    """A folder to train in: the shipped towers and a small world."""
+    folder = tmp_path_factory.mktemp("world")
+    (folder / "weights").symlink_to(ROOT / "weights")
+    write_world(folder / "data/tiny", 155, seed=1)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def reference(world) -> list[float]:
+    return losses(world, "out/reference")

@@ -1,30 +1,21 @@
-"""Claims about llama.py: transformers' logits, the cache, padding, official sizes and names, strict loading."""
+"""Claims about llama.py: transformers' logits, the cache, padding, official sizes and names, configurations."""
 import io
-import json
-import os
-import shutil
-from copy import copy
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from sentencepiece import SentencePieceTrainer
 
-from llama import LLAMA_2, Cache, Head, Llama, LlamaConfig, RMSNorm, Tokenizer, read_file, shortened
+from conftest import tiny
+from llama import LLAMA_2, Cache, Head, Llama, RMSNorm, Tokenizer
 from mmca import ATTENTION, IMAGE, PAD, TEXT
 
 GOLDEN = Path(__file__).parent / "golden"
-TINY = LlamaConfig(48, 80, 2, 4, 2, vocab_size=50)
 MIXED = [PAD, TEXT, TEXT, IMAGE, IMAGE, TEXT, PAD, TEXT, IMAGE, TEXT, TEXT, PAD]
 
-both = pytest.mark.parametrize("attention", ATTENTION)
-
-
-def tiny(attention="causal", config=TINY):
-    torch.manual_seed(0)
-    return Llama(config, attention).requires_grad_(False)
+every = pytest.mark.parametrize("attention", ATTENTION)
 
 
 def text_logits(model, ids):
@@ -83,7 +74,7 @@ def test_golden_logits(name):
 
 # ---- forward ----
 
-@both
+@every
 @pytest.mark.parametrize("chunks", [[1] * 12, [5, 7], [3, 1, 8], [11, 1]], ids=str)
 def test_the_cache_equals_the_full_forward(attention, chunks):
     model, x, kind = tiny(attention), torch.randn(2, 12, 48), torch.tensor([MIXED, MIXED[::-1]])
@@ -103,64 +94,23 @@ def test_a_pass_that_was_interrupted_counts_for_nothing_in_the_cache():
     same(run(model, x[:, 5:], kind[:, 5:], cache), before[:, 5:])
 
 
-def talk(model, kinds, ids, answer):
+def conversation(model, kinds, ids, answer):
     """The cache after ids of these kinds, and the logits behind each of the answer's ids from a full pass."""
     x, kind = model.embed_tokens(torch.cat((ids, answer)))[None], torch.tensor([kinds + [TEXT] * len(answer)])
-    cache = Cache(model, 1, room=int((ATTENTION[model.attention](kind) == TEXT).sum()))
+    cache = Cache(model, 1, room=kind.numel() if model.attention == "causal" else int((kind == TEXT).sum()))
     model(x[:, :len(ids)], kind[:, :len(ids)], cache=cache)
     return cache, model.lm_head(run(model, x, kind)[0, len(ids):])
 
 
-@both
+@every
 @pytest.mark.parametrize("kinds", [[TEXT] * 4, [TEXT, IMAGE, IMAGE, TEXT, TEXT, IMAGE, TEXT]],
                          ids=["text", "images"])
 def test_a_single_step_is_a_forward_pass(attention, kinds):
     model, ids, answer = tiny(attention), torch.arange(len(kinds)), torch.tensor([7, 40, 2])
-    cache, expected = talk(model, kinds, ids, answer)
-    same(torch.cat([model.step(token, cache) for token in answer.split(1)]), expected)
+    cache, expected = conversation(model, kinds, ids, answer)
+    same(torch.cat([model.next_logits(token, cache) for token in answer.split(1)]), expected)
     with pytest.raises(ValueError, match="room for"):
-        model.step(answer[:1], cache)
-
-
-@pytest.mark.parametrize("values, kept", [
-    ([1.5, -65504.0], torch.float16), ([1.5, 1e38], torch.bfloat16), ([1.5, 1 / 3], torch.float32)], ids=str)
-def test_float32_weights_are_kept_in_16_bits_if_nothing_is_lost(values, kept):
-    weight = torch.tensor(values).to(kept).float()
-    assert shortened(weight).dtype == kept and torch.equal(shortened(weight).float(), weight)
-
-
-@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
-@pytest.mark.parametrize("stored, dtype, tolerance", [
-    (torch.float32, torch.float32, 1e-5), (torch.float16, torch.float32, 1e-5),
-    (torch.bfloat16, torch.bfloat16, 0.03)], ids=str)
-def test_compiled_steps_are_forward_passes(stored, dtype, tolerance):
-    model, ids, answer = tiny("mmca").to(stored).to(dtype), torch.arange(6), torch.arange(9)
-    model.compile_step()
-    assert {layer.mlp.up_proj.short.dtype for layer in model.layers} == {stored}        # what a step reads
-    for kinds in ([TEXT] * 6, [TEXT, TEXT, IMAGE, IMAGE, IMAGE, TEXT]):         # each is compiled for itself
-        cache, expected = talk(model, kinds, ids, answer)
-        found = [model.step(token, cache) for token in answer[:2].split(1)]
-        with torch._dynamo.config.patch(error_on_recompile=True):               # the others use what there is
-            found += [model.step(token, cache) for token in answer[2:8].split(1)]
-        found = torch.cat(found + [model.step(answer[8:], cache)])              # now the cache is full
-        assert (found - expected).abs().max() <= tolerance * expected.abs().max()
-
-
-@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
-def test_steps_are_compiled_twice_however_long_the_talk_and_however_many_the_images():
-    torch.compiler.reset()                              # it remembers what other tests made vary
-    plain = tiny("mmca")
-    quick, graphs = copy(plain), torch._dynamo.utils.counters["stats"]
-    quick.compile_step()
-    caches, before = [(model, Cache(model, 1, room=64)) for model in (plain, quick)], graphs["unique_graphs"]
-    for n_images in range(6):                           # of 4 tokens: their room is full now and then
-        kind = torch.tensor([[IMAGE] * 4 * (n_images > 0) + [TEXT] * 2])
-        x = torch.randn(*kind.shape, 48)
-        for model, cache in caches:
-            run(model, x, kind, cache)
-        for token in torch.arange(3).split(1):
-            same(*(model.step(token, cache) for model, cache in caches[::-1]))
-    assert graphs["unique_graphs"] - before == 2
+        model.next_logits(answer[:1], cache)
 
 
 def test_a_full_cache_is_refused():
@@ -171,19 +121,20 @@ def test_a_full_cache_is_refused():
         run(model, torch.randn(1, 2, 48), torch.full((1, 2), TEXT), cache)
 
 
-def test_keys_and_values_of_an_image_serve_in_every_conversation_and_at_every_place():
+def test_keys_and_values_of_an_image_serve_in_every_conversation_and_at_every_position():
     model, image = tiny("mmca"), torch.randn(3, 48)
-    kv, places = model.image_kv(image), [(0, 4), (2, 2), (4, 0)]
-    for before, after in places:
+    image_kv = model.image_kv(image)
+    for before, after in [(0, 4), (2, 2), (4, 0)]:
         kind = torch.tensor([[TEXT] * before + [IMAGE] * 3 + [TEXT] * after + [IMAGE] * 3 + [TEXT]])
         x = torch.randn(1, len(kind[0]), 48)
         x[0, before:before + 3] = x[0, -4:-1] = image
-        x_text = x.masked_fill(kind[..., None] == IMAGE, float("nan"))          # nobody looks at these
-        found = model(x_text, kind, kind == TEXT, image_kv=torch.cat((kv, kv), dim=2))
+        x_text, cache = x.masked_fill(kind[..., None] == IMAGE, float("nan")), Cache(model, 1, room=5)
+        found = model(x_text, kind, kind == TEXT, cache=cache, image_kv=torch.cat((image_kv, image_kv), dim=3))
         same(found, run(model, x, kind)[kind == TEXT])
+        assert [len(past) for past in cache.past] == [len(kind[0])]             # the images are in the cache, too
 
 
-@both
+@every
 def test_conversations_packed_in_one_row_change_nothing(attention):
     model, kinds = tiny(attention), [[TEXT, IMAGE, TEXT], [TEXT] * 4, MIXED, [TEXT]]
     kind, x = torch.tensor([sum(kinds, [])]), torch.randn(1, 20, 48)
@@ -193,7 +144,7 @@ def test_conversations_packed_in_one_row_change_nothing(attention):
         same(found, run(model, part, torch.tensor([row])))
 
 
-@both
+@every
 def test_positions_that_are_read_come_in_order_and_unchanged(attention):
     model, x, kind = tiny(attention), torch.randn(2, 12, 48), torch.tensor([MIXED, MIXED[::-1]])
     read = (torch.rand(2, 12) < 0.5) & (kind != PAD)
@@ -222,7 +173,7 @@ def test_a_head_that_trains_is_no_head_for_chunked_losses():
         loss.sum().backward()
 
 
-@both
+@every
 @pytest.mark.parametrize("places", [slice(4, 10), slice(0, 6), [0, 1, 4, 5, 7, 9]],
                          ids=["left", "right", "middle"])
 def test_padding_changes_nothing(attention, places):
@@ -256,7 +207,7 @@ def test_rms_norm_does_not_overflow_in_float16():
 
 def test_rope_is_precise_at_the_last_position_of_a_float16_model():
     model, seen = tiny().half(), []
-    model.layers[0].register_forward_pre_hook(lambda _, args: seen.extend((args[1].cos[-1], args[1].sin[-1])))
+    model.layers[0].register_forward_pre_hook(lambda _, args: seen.extend(args[1].rope[:, -1]))
     model(torch.randn(1, 4096, 48).half(), torch.full((1, 4096), TEXT), torch.zeros(1, 4096, dtype=torch.bool))
     angle = 4095 * 10000.0 ** -(torch.arange(0, 12, 2, dtype=torch.float64) / 12)
     for found, expected in zip(seen, (angle.cos(), angle.sin())):
@@ -265,132 +216,34 @@ def test_rope_is_precise_at_the_last_position_of_a_float16_model():
 
 # ---- folders ----
 
-@pytest.fixture
-def folder(tmp_path):
-    """A function that writes a tiny official folder, with changes to its tensors and its config.json."""
-    def write(tensors=None, config=None):
-        weights = {name if name == "lm_head.weight" else f"model.{name}": t
-                   for name, t in tiny().state_dict().items()}
-        weights = {name: t for name, t in (weights | (tensors or {})).items() if t is not None}
-        save_file(weights, tmp_path / "model.safetensors")
-        found = {"model_type": "llama"} | vars(TINY) | (config or {})
-        (tmp_path / "config.json").write_text(json.dumps({name: x for name, x in found.items() if x is not None}))
-        return tmp_path
-    return write
-
-
-def index(folder, *shards):
-    weight_map = {f"tensor{i}": shard for i, shard in enumerate(shards)}
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-
-
-@pytest.mark.parametrize("tensors, shape", [
-    ({"model.layers.1.mlp.up_proj.weight": None}, r"missing layers.1.mlp.up_proj.weight \(80, 48\)"),
-    ({"model.layers.1.extra": torch.zeros(2, 3)}, r"unexpected layers.1.extra \(2, 3\)"),
-    ({"model.norm.weight": torch.zeros(7)}, r"norm.weight is \(7,\), expected \(48,\)")],
-    ids=["missing", "unexpected", "wrong shape"])
-def test_loading_is_strict(folder, tensors, shape):
-    path = folder(tensors)
-    with pytest.raises(ValueError, match=shape) as error:
-        Llama.from_pretrained(path)
-    assert str(path) in str(error.value)
-
-
-def test_a_saved_rope_table_is_skipped(folder):
-    Llama.from_pretrained(folder({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(6)}))
-
-
-def test_weights_come_in_the_wanted_type(folder):
-    assert {p.dtype for p in Llama.from_pretrained(folder()).parameters()} == {torch.float32}
-    assert {p.dtype for p in Llama.from_pretrained(folder(), dtype=torch.float16).parameters()} == {torch.float16}
-
-
-@pytest.mark.parametrize("shard", ["../x.safetensors", "/x.safetensors", "sub/x.safetensors", ".."])
-def test_an_index_cannot_name_a_file_outside_its_folder(folder, shard):
-    path = folder()
-    save_file({"lm_head.weight": torch.zeros(1)}, path.parent / "x.safetensors")
-    index(path, shard)
-    with pytest.raises(ValueError, match="no file in its folder"):
-        Llama.from_pretrained(path)
-
-
-def test_every_missing_shard_is_named(folder):
-    path = folder()
-    index(path, "model.safetensors", "model-2.safetensors", "model-3.safetensors")
-    with pytest.raises(FileNotFoundError, match="model-2.safetensors, model-3.safetensors"):
-        Llama.from_pretrained(path)
-
-
 @pytest.mark.parametrize("config, message", [
     ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling"),
     ({"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}}, "rope"),
     ({"model_type": "mistral"}, "mistral"), ({"tie_word_embeddings": True}, "tie_word_embeddings")],
     ids=["rope_scaling", "rope_parameters", "model_type", "tied"])
-def test_other_models_are_refused(folder, config, message):
+def test_other_models_are_refused(llama_folder, config, message):
     with pytest.raises(ValueError, match=message):
-        Llama.from_pretrained(folder(config=config))
+        Llama.from_pretrained(llama_folder(config=config))
 
 
 @pytest.mark.parametrize("config", [
     {"rope_theta": 500.0},
     {"rope_theta": None, "rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}],
     ids=["official", "transformers 5"])
-def test_the_rope_base_is_read(folder, config):
-    assert Llama.from_pretrained(folder(config=config)).config.rope_theta == 500
+def test_the_rope_base_is_read(llama_folder, config):
+    assert Llama.from_pretrained(llama_folder(config=config)).config.rope_theta == 500
 
 
 @pytest.mark.parametrize("config, message", [
     ({"hidden_size": "48"}, "hidden_size '48'"), ({"num_attention_heads": 0}, "num_attention_heads 0"),
     ({"rope_parameters": [1]}, None)])
-def test_a_config_holds_positive_numbers(folder, config, message):
-    path = folder(config=config)
+def test_a_config_holds_positive_numbers(llama_folder, config, message):
+    path = llama_folder(config=config)
     if message is None:
         Llama.from_pretrained(path)                             # what is no table has no rope_theta to give
     else:
         with pytest.raises(ValueError, match=f"config.json has {message}, expected positive"):
             Llama.from_pretrained(path)
-
-
-def test_an_index_without_a_table_is_refused(folder):
-    path = folder()
-    (path / "model.safetensors.index.json").write_text('{"weight_map": ["model.safetensors"]}')
-    with pytest.raises(ValueError, match="no weight_map"):
-        Llama.from_pretrained(path)
-
-
-def test_a_pickle_of_something_else_is_refused(tmp_path):
-    torch.save({"lm_head.weight": 3}, tmp_path / "pytorch_model.bin")
-    with pytest.raises(ValueError, match="holds no tensors"):
-        read_file(tmp_path / "pytorch_model.bin")
-
-
-@pytest.mark.parametrize("absent", ["config.json", "model.safetensors"])
-def test_absent_files_are_named(folder, tmp_path, absent):
-    (folder() / absent).unlink()
-    with pytest.raises(FileNotFoundError, match=absent):
-        Llama.from_pretrained(tmp_path)
-    with pytest.raises(FileNotFoundError, match="nowhere"):
-        Llama.from_pretrained(tmp_path / "nowhere")
-
-
-class Evil:
-    def __init__(self, marker):
-        self.marker = str(marker)
-
-    def __reduce__(self):
-        return os.mkdir, (self.marker,)
-
-
-def test_a_pickle_runs_no_code(folder):
-    path = folder()
-    marker = path / "ran"
-    (path / "model.safetensors").unlink()
-    torch.save({"lm_head.weight": Evil(marker)}, path / "pytorch_model.bin")
-    with pytest.raises(ValueError):
-        Llama.from_pretrained(path)
-    assert not marker.exists()
-    torch.load(path / "pytorch_model.bin", weights_only=False)         # the pickle is live: here it runs
-    assert marker.exists()
 
 
 # ---- text ----

@@ -10,17 +10,17 @@ from hypothesis import given, settings, strategies as st
 from PIL import Image
 from safetensors.torch import load_file
 
-from conftest import compact
+from conftest import causal, compact, written
 from llama import Llama, LlamaConfig
-from mmca import FIGURE_4, IMAGE, PAD, TEXT, causal, draw, figure_4, layout, masked_softmax, mmca
+from mmca import IMAGE, PAD, TEXT, draw_panels, masked_softmax, mmca, panels, separate
 
 ROOT = Path(__file__).parent.parent
 GOLDEN = Path(__file__).parent / "golden"
 MIXED = [PAD, TEXT, IMAGE, IMAGE, TEXT, PAD, TEXT, IMAGE, TEXT, PAD]
 
 
-every = pytest.mark.parametrize("attention", [mmca, compact, causal])
-forms = pytest.mark.parametrize("attention", [mmca, compact])
+every = pytest.mark.parametrize("attention", [mmca, compact, written, causal])
+forms = pytest.mark.parametrize("attention", [mmca, compact, written])
 layouts = st.lists(st.sampled_from([PAD, TEXT, IMAGE]), min_size=1, max_size=14)
 heads = st.sampled_from([(4, 4), (4, 2), (6, 2), (3, 1)])
 
@@ -74,25 +74,26 @@ def test_equals_a_naive_loop(attention, kinds, heads, seed):
 
 
 def equal_in_values_and_gradients(kind, heads, past, seed):
-    """compact against mmca for kind (B, S): 1e-5 in values, 1e-4 in every gradient."""
+    """Both flat forms against mmca for kind (B, S): 1e-5 in values, 1e-4 in every gradient."""
     random, (h, h_kv) = torch.Generator().manual_seed(seed), heads
     b, s = kind.shape
     qkv = [torch.randn(b, n, length, 8, generator=random) for n, length in ((h, s - past), (h_kv, s), (h_kv, s))]
     found = []
-    for attention in (mmca, compact):
+    for attention in (mmca, compact, written):
         leaves = [x.clone().requires_grad_() for x in qkv]
         out = attention(*leaves, kind, past)
         out.square().sum().backward()
         found.append((out, [x.grad for x in leaves]))
-    torch.testing.assert_close(found[1][0], found[0][0], atol=1e-5, rtol=0)
-    torch.testing.assert_close(found[1][1], found[0][1], atol=1e-4, rtol=0)
+    for values, gradients in found[1:]:
+        torch.testing.assert_close(values, found[0][0], atol=1e-5, rtol=0)
+        torch.testing.assert_close(gradients, found[0][1], atol=1e-4, rtol=0)
 
 
 @settings(deadline=None, max_examples=200)
 @given(rows=st.integers(1, 40).flatmap(lambda n: st.lists(
     st.lists(st.sampled_from([PAD, TEXT, IMAGE]), min_size=n, max_size=n), min_size=1, max_size=3)),
     heads=heads, seed=st.integers(0, 99), data=st.data())
-def test_the_compact_form_equals_the_written_one_in_values_and_gradients(rows, heads, seed, data):
+def test_the_flat_forms_equal_the_formula_in_values_and_gradients(rows, heads, seed, data):
     kind = torch.tensor(rows)
     equal_in_values_and_gradients(kind, heads, data.draw(st.integers(0, kind.shape[1] - 1)), seed)
 
@@ -102,19 +103,19 @@ def test_the_compact_form_equals_the_written_one_in_values_and_gradients(rows, h
     [TEXT, IMAGE, TEXT, IMAGE, TEXT], [TEXT] * 6, [IMAGE] * 6, [PAD, PAD, TEXT, IMAGE, TEXT],
     [TEXT, IMAGE, TEXT, PAD, PAD], [TEXT, PAD, IMAGE, PAD, TEXT, TEXT]],
     ids=["images first", "last", "adjacent", "apart", "none", "alone", "padding left", "right", "between"])
-def test_both_forms_are_equal_for_a_cache_split_at_every_position(kinds):
+def test_the_forms_are_equal_for_a_cache_split_at_every_position(kinds):
     for past in range(len(kinds)):
         equal_in_values_and_gradients(torch.tensor([kinds]), (4, 2), past, seed=past)
 
 
 def test_the_layout_of_conversations_in_one_row_is_that_of_each_alone():
     kinds = [[TEXT, IMAGE, IMAGE, TEXT, TEXT], [TEXT] * 3, [TEXT, IMAGE, TEXT, IMAGE, IMAGE, TEXT]]
-    packed = layout(torch.tensor([sum(kinds, [])]), [len(kind) for kind in kinds])
-    alone = [layout(torch.tensor([kind])) for kind in kinds]
-    assert packed.talks == [one.talks[0] for one in alone]
-    position = torch.empty(14, dtype=torch.long).scatter(0, packed.place, packed.position)
-    assert position.tolist() == [place for kind in kinds for place in range(len(kind))]
-    assert packed.talks[2].runs == [(1, 0), (1, 1), (1, 3)] and packed.n_text == 9
+    packed = separate(torch.tensor([sum(kinds, [])]), [len(kind) for kind in kinds])
+    alone = [separate(torch.tensor([kind])) for kind in kinds]
+    assert packed.segments == [one.segments[0] for one in alone]
+    position = torch.empty(14, dtype=torch.long).scatter(0, packed.index, packed.position)
+    assert position.tolist() == [position for kind in kinds for position in range(len(kind))]
+    assert packed.segments[2].runs == [(1, 0), (1, 1), (1, 3)] and packed.n_text == 9
 
 
 @every
@@ -220,8 +221,20 @@ def test_image_hidden_states_depend_on_no_context_and_no_position():
 
 # ---- Figure 4 ----
 
-def test_figure_4_is_the_paper_s():
-    assert figure_4().tolist() == [
+PANELS = {
+    "causal attention": [[int(key <= query) for key in range(10)] for query in range(10)],
+    "causal and cross attention": [
+        [1, 0, 0, 0, 0, 0, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0, 0, 0, 0, 0, 0],
+        [0, 0, 0, 0, 0, 0, 0, 0, 0, 0],
+        [0, 0, 0, 0, 0, 0, 0, 0, 0, 0],
+        [0, 0, 0, 0, 0, 0, 0, 0, 0, 0],
+        [1, 1, 2, 2, 2, 1, 0, 0, 0, 0],
+        [1, 1, 2, 2, 2, 1, 1, 0, 0, 0],
+        [1, 1, 2, 2, 2, 1, 1, 1, 0, 0],
+        [1, 1, 2, 2, 2, 1, 1, 1, 1, 0],
+        [1, 1, 2, 2, 2, 1, 1, 1, 1, 1]],
+    "multi-modal causal attention": [
         [1, 0, 0, 0, 0, 0, 0, 0, 0, 0],
         [1, 1, 0, 0, 0, 0, 0, 0, 0, 0],
         [0, 0, 1, 0, 0, 0, 0, 0, 0, 0],
@@ -231,7 +244,11 @@ def test_figure_4_is_the_paper_s():
         [1, 1, 2, 2, 2, 1, 1, 0, 0, 0],
         [1, 1, 2, 2, 2, 1, 1, 1, 0, 0],
         [1, 1, 2, 2, 2, 1, 1, 1, 1, 0],
-        [1, 1, 2, 2, 2, 1, 1, 1, 1, 1]]
+        [1, 1, 2, 2, 2, 1, 1, 1, 1, 1]]}
+
+
+def test_figure_4_is_the_paper_s():
+    assert {title: m.tolist() for title, m in panels().items()} == PANELS
 
 
 def run(*args):
@@ -239,19 +256,23 @@ def run(*args):
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def test_the_command_prints_plain_digits_into_a_pipe():
+def test_the_command_prints_three_panels_in_plain_digits_into_a_pipe_and_that_both_forms_agree():
     out = run()
     assert "\033" not in out
-    assert [[int(digit) for digit in line.split()[-10:]] for line in out.splitlines()[:10]] == figure_4().tolist()
+    blocks = out.split("\n\n")
+    found = {block.splitlines()[0]: [[int(digit) for digit in line.split()[-10:]] for line in block.splitlines()[1:]]
+             for block in blocks[:3]}
+    assert found == PANELS
+    assert float(out.splitlines()[-1].rstrip(".").split()[-1]) < 1e-5
 
 
-def test_the_command_draws_a_picture(tmp_path):
+def test_the_command_draws_an_image(tmp_path):
     run(tmp_path / "x.png")
-    with Image.open(tmp_path / "x.png") as picture:
-        colours = {colour for _, colour in picture.getcolors(1 << 24)}
+    with Image.open(tmp_path / "x.png") as image:
+        colours = {colour for _, colour in image.getcolors(1 << 24)}
     assert {(0x4C, 0x72, 0xB0), (0xDD, 0x84, 0x52)} <= colours
 
 
-def test_an_unknown_picture_type_is_refused(tmp_path):
+def test_an_unknown_image_type_is_refused(tmp_path):
     with pytest.raises(ValueError, match="extension"):
-        draw(figure_4(), FIGURE_4, str(tmp_path / "x.nonsense"))
+        draw_panels(str(tmp_path / "x.nonsense"))

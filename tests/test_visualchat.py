@@ -1,8 +1,8 @@
 """Claims about visualchat.py: images in their slots, the loss, what is trained, generating, saving and finding."""
 import json
-import os
 from dataclasses import replace
 from itertools import islice
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 from safetensors.torch import load_file, save_file
 
-from data import collate
-from llama import Cache
+from data import Round, collate, encode, to_tensors
+from llama import Cache, Tokenizer
 from mmca import IMAGE, TEXT
-from visualchat import (CONFIG, IGNORE, TRAINED, ModelConfig, build, choose, find, load, readable, save, towers,
+from visualchat import (CONFIG, IGNORE, TRAINED, ModelConfig, build, choose, load, readable, save, towers,
                         whole_answers)
 
 NAMES = {"projection.weight", "projection.bias", "llama.embed_tokens.weight"}
@@ -34,82 +34,96 @@ def same(found, expected):
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
 
 
-def splice(model, batch):
-    return model.splice(batch["ids"], batch["kind"], batch["images"])
+def embed(model, batch):
+    return model.embed(batch["ids"], batch["kind"], model.image_tokens(batch["images"]))
 
 
-# ---- the splice ----
+# ---- images between words ----
 
 def test_image_1_is_in_the_first_slot_and_swapping_images_swaps_exactly_the_slots(model, rows):
     batch = collate(rows[:1])
     swapped = batch | {"images": batch["images"].flip(0)}
-    before, after, places = splice(model, batch), splice(model, swapped), batch["kind"] == IMAGE
-    first, second = before[places].split(4)
-    same(first, model.see(batch["images"][:1])[0])
-    same(after[places], torch.cat((second, first)))
-    assert not torch.allclose(first, second, atol=0.1) and torch.equal(before[~places], after[~places])
+    before, after, slots = embed(model, batch), embed(model, swapped), batch["kind"] == IMAGE
+    first, second = before[slots].split(4)
+    same(first, model.image_tokens(batch["images"][:1])[0])
+    same(after[slots], torch.cat((second, first)))
+    assert not torch.allclose(first, second, atol=0.1) and torch.equal(before[~slots], after[~slots])
 
 
 def test_images_land_in_their_own_rows_and_words_keep_their_embeddings(model, rows):
     batch = collate(rows)
-    x, words = splice(model, batch), batch["kind"] == TEXT
+    x, words = embed(model, batch), batch["kind"] == TEXT
     for row, found in zip(rows, x[0].split(batch["lengths"])):
-        same(found, splice(model, collate([row]))[0])
+        same(found, embed(model, collate([row]))[0])
     assert torch.equal(x[words], model.llama.embed_tokens.weight[batch["ids"][words]])
 
 
 @pytest.mark.parametrize("images", [0, 1, 3])
 def test_a_wrong_number_of_images_is_refused(model, rows, images):
-    with pytest.raises(ValueError, match=f"8 places for image tokens, but {images} images of 4 tokens each"):
-        splice(model, collate(rows[:1]) | {"images": torch.zeros(images, 3, 16, 16)})
+    with pytest.raises(ValueError, match=f"8 positions for image tokens, but {images} images of 4 tokens"):
+        embed(model, collate(rows[:1]) | {"images": torch.zeros(images, 3, 16, 16)})
 
 
 # ---- the loss ----
 
 def test_a_row_s_losses_are_the_same_alone_and_in_a_mixed_batch(model, rows):
-    same(model.score(**collate(rows))[0], torch.cat([model.score(**collate([row]))[0] for row in rows]))
+    same(model(**collate(rows))[0], torch.cat([model(**collate([row]))[0] for row in rows]))
 
 
-def test_forward_is_the_mean_of_score_in_float32(model, rows):
+def test_losses_are_float32_in_every_precision(model, rows):
     for dtype in (torch.float32, torch.bfloat16):
-        loss, _ = model.to(dtype).score(**collate(rows))
-        assert loss.dtype == torch.float32 and torch.equal(model(**collate(rows)), loss.sum() / len(loss))
+        assert model.to(dtype)(**collate(rows))[0].dtype == torch.float32
+
+
+def test_kept_features_stand_for_the_images(model, rows):
+    batch = collate(rows)
+    kept = {name: x for name, x in batch.items() if name != "images"} | {"features": model.vit(batch["images"])}
+    same(model(**kept)[0], model(**batch)[0])
 
 
 def test_loss_is_transformers_cross_entropy(config, model, rows):
     transformers = pytest.importorskip("transformers")
     theirs = transformers.LlamaForCausalLM.from_pretrained(config.llama).eval()
     batch = collate([rows[2]])
-    same(model(**batch), theirs(batch["ids"], labels=batch["labels"]).loss)
+    same(model(**batch)[0].mean(), theirs(batch["ids"], labels=batch["labels"]).loss)
 
 
-def test_without_images_the_projection_has_a_gradient_of_zero(model, rows):
+BLANK = {"ids": torch.zeros(4, dtype=torch.long), "kind": torch.full((4,), IMAGE),
+         "labels": torch.full((4,), IGNORE), "images": torch.zeros(1, 3, 16, 16)}
+
+
+def test_text_alone_has_losses_and_gradients(model, rows):
     model.freeze()
-    loss = model(**collate([rows[2]]))
-    loss.backward()
-    assert loss.isfinite() and model.llama.embed_tokens.weight.grad.any()
+    losses, _ = model(**collate([rows[2]]))
+    losses.sum().backward()
+    assert len(losses) and losses.isfinite().all() and model.llama.embed_tokens.weight.grad.any()
+
+
+def test_a_blank_image_without_text_changes_no_loss_and_has_gradients_of_zero(model, rows):
+    """train.py gives one to a batch without images, so that all ranks run the same modules."""
+    model.freeze()
+    model.projection.bias.data.fill_(1000)                      # large: nothing of it may reach the other losses
+    losses, _ = model(**collate([rows[2], BLANK]))
+    same(losses, model(**collate([rows[2]]))[0])
+    losses.sum().backward()
     assert all(p.grad is not None and not p.grad.any() for p in model.projection.parameters())
+    assert model.half()(**collate([rows[2], BLANK]))[0].isfinite().all()
 
 
-def test_without_images_a_large_projection_does_not_overflow_in_float16(model, rows):
-    model.projection.bias.data.fill_(1000)
-    assert model.half()(**collate([rows[2]])).isfinite()
-
-
-def test_an_empty_batch_loses_nothing_and_has_gradients_of_zero(model, rows):
+def test_a_batch_that_is_one_blank_image_loses_nothing_and_has_gradients_of_zero(model):
     model.freeze()
-    batch = {name: x[:, :0] if x.ndim == 2 else x[:0] for name, x in collate(rows).items() if name != "lengths"}
-    loss = model(**batch, lengths=[0])
-    loss.backward()
-    assert loss == 0 and not any(p.grad.any() for p in model.parameters() if p.requires_grad)
+    losses, right = model(**collate([BLANK]))
+    losses.sum().backward()
+    assert len(losses) == len(right) == 0
+    assert not any(p.grad.any() for p in model.parameters() if p.requires_grad)
 
 
-def test_without_labels_the_loss_is_exactly_zero(model, rows):
+def test_without_labels_there_are_no_losses_and_gradients_are_finite(model, rows):
     model.freeze()
     batch = collate(rows)
-    loss = model(**batch | {"labels": torch.full_like(batch["labels"], IGNORE)})
-    loss.backward()
-    assert loss == 0 and all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+    losses, _ = model(**batch | {"labels": torch.full_like(batch["labels"], IGNORE)})
+    losses.sum().backward()
+    assert losses.sum() == 0 and all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
 
 
 @settings(deadline=None, max_examples=60)
@@ -132,10 +146,8 @@ def test_whole_answers_agrees_with_a_loop(data, b, t):
 # ---- training ----
 
 def test_freeze_leaves_the_projection_and_the_word_embeddings(model):
-    line = model.freeze()
+    model.freeze()
     assert {name for name, p in model.named_parameters() if p.requires_grad} == NAMES
-    trainable = 128 * 64 + 64 + model.llama.config.vocab_size * 64
-    assert line == f"trainable {readable(trainable)} of {readable(sum(p.numel() for p in model.parameters()))}"
 
 
 @pytest.mark.parametrize("count, text", [(16_781_312, "16.8 M"), (8_670_000_000, "8.67 B"), (1234, "1,234")])
@@ -155,7 +167,7 @@ def test_all_tokens_likeliest_means_that_greedy_decoding_gives_the_answer(overfi
     for model in overfitted[:3]:
         for row in rows:
             batch = collate([row])
-            whole = whole_answers(batch["labels"], model.score(**batch)[1]).tolist()
+            whole = whole_answers(batch["labels"], model(**batch)[1]).tolist()
             for (start, end), right in zip(answers(row), whole, strict=True):
                 said = generated(model, collate([cut(row, start)]), end - start)
                 assert (said[0].tolist() == row["ids"][start:end].tolist()) == right
@@ -165,12 +177,19 @@ def test_all_tokens_likeliest_means_that_greedy_decoding_gives_the_answer(overfi
 
 # ---- generating ----
 
-def generate(model, batch, *options, **more):
-    return model.generate(batch["ids"], batch["kind"], batch["images"], batch["lengths"], *options, **more)
+def generate(model, batch, n=512, cache=None, image_kv=None):
+    ids, kind, lengths = batch["ids"], batch["kind"], batch["lengths"]
+    cache = cache or Cache(model.llama, len(lengths), max(lengths) + n)
+    x = embed(model, batch) if image_kv is None else model.llama.embed_tokens(ids)
+    return model.generate(model.prefill(x, kind, cache, lengths, image_kv), cache, n)
 
 
-def generated(model, batch, *options, **more):
-    return torch.stack(list(generate(model, batch, *options, **more)), dim=1)
+def generated(model, batch, n=512, cache=None, image_kv=None):
+    return torch.stack(list(generate(model, batch, n, cache, image_kv)), dim=1)
+
+
+def image_kv_of(model, images):
+    return model.llama.image_kv(model.image_tokens(images).flatten(0, 1))
 
 
 def questions(rows):
@@ -182,7 +201,8 @@ def from_scratch(model, row, n):
     """n likeliest tokens, each from a forward pass over everything before it."""
     ids, kind, _, images, _ = questions([row]).values()
     for _ in range(n):
-        token = model.llama.lm_head(model.llama(model.splice(ids, kind, images), kind)[None, -1:]).argmax(-1)
+        x = model.embed(ids, kind, model.image_tokens(images))
+        token = model.llama.lm_head(model.llama(x, kind)[None, -1:]).argmax(-1)
         ids, kind = torch.cat((ids, token), dim=1), torch.cat((kind, torch.full_like(token, TEXT)), dim=1)
     return ids[0, -n:]
 
@@ -204,7 +224,7 @@ def test_two_rounds_with_one_cache_equal_the_whole_at_once(model, rows):
     first, cache = questions([rows[0], rows[2]]), Cache(model.llama, 2, 200)
     said = generated(model, first, 5, cache=cache)          # row 0 begins with two images, row 1 gets one later
     new = [{**cut(row, answers(row)[0][0]), "said": tokens[-1:]} for row, tokens in zip((rows[2], rows[3]), said)]
-    second = collate([{**row, "ids": torch.cat((row["said"], row["ids"])),           # the cache lacks the last token
+    second = collate([{**row, "ids": torch.cat((row["said"], row["ids"])),      # the cache lacks the last token
                        "kind": F.pad(row["kind"], (1, 0), value=TEXT)} for row in new])
     found = generated(model, second, 6, cache=cache)
     parts = [{**cut(row, answers(row)[0][0]), "said": tokens} for row, tokens in zip((rows[0], rows[2]), said)]
@@ -215,30 +235,58 @@ def test_two_rounds_with_one_cache_equal_the_whole_at_once(model, rows):
     assert torch.equal(found, generated(model, collate(whole), 6))
 
 
-def test_image_tokens_and_what_fills_their_places_are_as_many(model, rows):
+def test_image_tokens_and_what_fills_their_positions_are_as_many(model, rows):
     batch = questions(rows)
-    ids, kind, lengths, image_kv = batch["ids"], batch["kind"], batch["lengths"], model.image_kv(batch["images"])
-    for given in (None, image_kv[:, :, 4:]):
-        with pytest.raises(ValueError, match="places"):
-            next(model.generate(ids, kind, None, lengths, 8, image_kv=given))
-    read = model.llama(model.llama.embed_tokens(ids), kind, None, lengths, image_kv=image_kv)
-    assert len(read) == int((kind == TEXT).sum())               # by default all that was given
-    model.llama.attention = "causal"
-    with pytest.raises(ValueError, match="causal attention"):
-        model.image_kv(batch["images"])
+    image_kv, cache = image_kv_of(model, batch["images"]), Cache(model.llama, len(rows), 100)
+    with pytest.raises(ValueError, match="positions for image tokens, but 0 images"):
+        embed(model, batch | {"images": batch["images"][:0]})
+    with pytest.raises(ValueError, match="keys and values of 8 image tokens, expected 12"):
+        generate(model, batch, 8, image_kv=image_kv[:, :, :, 4:])
+    x = model.llama.embed_tokens(batch["ids"])
+    read = model.llama(x, batch["kind"], None, batch["lengths"], cache, image_kv)
+    assert len(read) == int((batch["kind"] == TEXT).sum())      # by default all that was computed
+    for model.llama.attention in ("causal", "written"):
+        with pytest.raises(ValueError, match=f"{model.llama.attention} attention"):
+            image_kv_of(model, batch["images"])
 
 
 def test_keys_and_values_made_once_stand_for_the_images(model, rows):
     batch = questions(rows)
-    ids, kind, lengths = batch["ids"], batch["kind"], batch["lengths"]
-    found = model.generate(ids, kind, None, lengths, 8, image_kv=model.image_kv(batch["images"]))
-    assert torch.equal(torch.stack(list(found), dim=1), generated(model, batch, 8))
+    found = generated(model, batch, 8, image_kv=image_kv_of(model, batch["images"]))
+    assert torch.equal(found, generated(model, batch, 8))
+
+
+def test_the_written_form_gives_the_losses_and_the_answers_of_the_fast_one(model, rows):
+    batch, losses, answered = collate(rows), [], []
+    for model.llama.attention in ("mmca", "written"):
+        losses.append(model(**batch)[0])
+        answered.append(generated(model, questions(rows), 8))
+    torch.testing.assert_close(losses[0], losses[1], atol=1e-4, rtol=0)
+    assert torch.equal(*answered)
+
+
+def test_the_written_form_runs_the_shipped_towers_to_the_same_losses_and_answers():
+    torch.manual_seed(0)
+    model, tokenizer = build(ModelConfig()), Tokenizer(towers(ModelConfig())[0])
+    examples = [Path(__file__).parent.parent / f"examples/{name}.png" for name in "abc"]
+    rounds = [Round(tuple(examples[:2]), "What changed from image 1 to image 2?", "the color"),
+              Round((examples[2],), "Describe the image.", "A small yellow star at the top."),
+              Round((), "Which image shows a small shape?", "image 3")]
+    whole = collate([to_tensors(encode(rounds, tokenizer, 4), 64)])
+    asked = collate([to_tensors(encode([*rounds[:2], replace(rounds[2], answer=None)], tokenizer, 4), 64)])
+    losses, said = [], []
+    for model.llama.attention in ("mmca", "written"):
+        losses.append(model(**whole)[0])
+        said.append(generated(model, asked, 12))
+    torch.testing.assert_close(losses[0], losses[1], atol=1e-4, rtol=0)
+    assert torch.equal(*said)
 
 
 def test_sampling_draws_from_the_likeliest_tokens_by_their_chances():
     torch.manual_seed(0)
     logits = torch.tensor([0.5, 0.1, 0.3, 0.1]).log().expand(20_000, 4)
-    for temperature, top_p, expected in ((0, 1, [1, 0, 0, 0]), (1, 1, [.5, .1, .3, .1]), (1, .6, [.625, 0, .375, 0]),
+    for temperature, top_p, expected in ((0, 1, [1, 0, 0, 0]), (1, 1, [.5, .1, .3, .1]),
+                                         (1, .6, [.625, 0, .375, 0]),
                                          (.5, 1, [25 / 36, 1 / 36, 9 / 36, 1 / 36]), (1, .001, [1, 0, 0, 0]),
                                          (1e-45, 1, [1, 0, 0, 0]), (1e-320, 1, [1, 0, 0, 0])):
         share = choose(logits, temperature, top_p).bincount(minlength=4) / len(logits)
@@ -288,45 +336,10 @@ def test_damaged_foreign_and_absent_results_are_named(model, config, tmp_path):
         load(tmp_path)
 
 
-@pytest.fixture
-def nowhere(monkeypatch, tmp_path):
-    """A working folder without weights, and the snapshots of Hugging Face's cache there."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("visualchat.HERE", tmp_path / "code")
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
-    return tmp_path / "hf/hub/models--Qwen--Qwen-VL/snapshots"
-
-
-def test_absent_weights_are_named_with_the_command_that_gets_them(nowhere, tmp_path):
-    with pytest.raises(FileNotFoundError) as error:
-        find("Qwen/Qwen-VL")
-    for text in (tmp_path / "weights/Qwen-VL", nowhere, "hf download Qwen/Qwen-VL --local-dir weights/Qwen-VL"):
-        assert str(text) in str(error.value)
-    with pytest.raises(FileNotFoundError, match="python shapes.py"):
-        find("tiny/llama")
-
-
-def test_weights_beside_the_code_are_found_from_any_folder(nowhere, tmp_path):
-    (tmp_path / "code/weights/tiny/llama").mkdir(parents=True)
-    (tmp_path / "code/weights/tiny/llama/config.json").touch()
-    assert find("tiny/llama") == tmp_path / "code/weights/tiny/llama"
-
-
-def test_the_newest_snapshot_is_found_and_a_local_folder_before_it(nowhere, tmp_path):
-    for name, time in (("new", 2e9), ("old", 1e9)):
-        (nowhere / name).mkdir(parents=True)
-        (nowhere / name / CONFIG).touch()
-        os.utime(nowhere / name, (time, time))
-    assert find("Qwen/Qwen-VL") == nowhere / "new"
-    (tmp_path / "weights/Qwen-VL").mkdir(parents=True)
-    (tmp_path / "weights/Qwen-VL" / CONFIG).touch()
-    assert find("Qwen/Qwen-VL").samefile(tmp_path / "weights/Qwen-VL")
-
-
 def test_unknown_names_are_answered_with_the_known_ones(config):
     with pytest.raises(ValueError, match="no size '8b'; there are tiny, 7b, 13b, 70b"):
         towers(ModelConfig(size="8b"))
-    with pytest.raises(ValueError, match="no attention 'full'; there are mmca, causal"):
+    with pytest.raises(ValueError, match="no attention 'full'; there are mmca, causal, written"):
         build(replace(config, attention="full"))
 
 
@@ -334,5 +347,5 @@ def test_both_attentions_build_and_differ(config, rows):
     losses = []
     for attention in ("mmca", "causal"):
         torch.manual_seed(0)
-        losses.append(build(replace(config, attention=attention))(**collate(rows[:1])))
-    assert all(loss.isfinite() for loss in losses) and losses[0] != losses[1]
+        losses.append(build(replace(config, attention=attention))(**collate(rows[:1]))[0])
+    assert all(loss.isfinite().all() for loss in losses) and not torch.allclose(*losses)

@@ -1,4 +1,4 @@
-"""Claims about vit.py: golden features, official names and shapes, both folder formats, pictures of every kind."""
+"""Claims about vit.py: golden features, official names and shapes, both folder formats, images of every kind."""
 import io
 import json
 import shutil
@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from vit import Attention, VisionConfig, VisionTransformer, open_image, pixels, resized
+from vit import VisionAttention, VisionConfig, VisionTransformer, read_image, resized, to_pixels
 
 GOLDEN = Path(__file__).parent / "golden" / "vit_open"
 
@@ -57,7 +57,7 @@ def test_official_names_shapes_and_size():
 def test_attention_is_torch_s_with_heads_regrouped():
     torch.manual_seed(0)
     width, heads = 24, 3
-    ours, theirs = Attention(width, heads), nn.MultiheadAttention(width, heads, batch_first=True)
+    ours, theirs = VisionAttention(width, heads), nn.MultiheadAttention(width, heads, batch_first=True)
 
     def regroup(t):                                             # (heads, 3, D) to torch's [q; k; v]
         return t.unflatten(0, (heads, 3, -1)).transpose(0, 1).flatten(0, 2)
@@ -130,18 +130,27 @@ def test_a_folder_of_another_model_is_refused(pickled, config):
         VisionTransformer.from_pretrained(pickled)
 
 
-# ---- pictures ----
+# ---- images ----
+
+class File:
+    """Bytes that can be read like a file, as images in a JSON file can."""
+
+    def __init__(self, content: bytes):
+        self.content = content
+
+    def read_bytes(self) -> bytes:
+        return self.content
+
 
 def saved(image, format, **options):
     file = io.BytesIO()
     image.save(file, format, **options)
-    file.seek(0)
-    return file
+    return File(file.getvalue())
 
 
 def colour(image, format="PNG", **options):
-    """The one colour of a flat picture, after a round through a file."""
-    opened = open_image(saved(image, format, **options))
+    """The one colour of a flat image, after a round through a file."""
+    opened = read_image(saved(image, format, **options))
     assert opened.mode == "RGB" and opened.size == image.size
     (_, found), = opened.getcolors()
     return found
@@ -152,7 +161,7 @@ def flat(mode, value):
 
 
 def test_pixels_of_a_flat_colour():
-    x = pixels(flat("RGB", (255, 128, 0)))
+    x = to_pixels(flat("RGB", (255, 128, 0)))
     assert x.shape == (3, 448, 448) and x.dtype == torch.float32
     for channel, value in zip(x, ((1 - 0.48145466) / 0.26862954, (128 / 255 - 0.4578275) / 0.26130258,
                                   (0 - 0.40821073) / 0.27577711)):
@@ -160,21 +169,21 @@ def test_pixels_of_a_flat_colour():
 
 
 @pytest.mark.parametrize("size", [(300, 20), (20, 300), (1, 1), (448, 448)])
-def test_a_picture_is_squeezed_not_cropped(size):
+def test_an_image_is_squeezed_not_cropped(size):
     ramp = np.linspace(0, 255, size[0]).astype(np.uint8)[None].repeat(size[1], 0)
-    x = pixels(Image.fromarray(ramp).convert("RGB"), 56)
+    x = to_pixels(Image.fromarray(ramp).convert("RGB"), 56)
     assert x.shape == (3, 56, 56)
     assert size[0] == 1 or (x[0, :, 0].max() < -1.7 and x[0, :, -1].min() > 1.8)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_pictures_stand_upright(orientation):
+def test_images_stand_upright(orientation):
     upright = np.array([[0, 50, 100], [150, 200, 250]], dtype=np.uint8).repeat(8, 0).repeat(8, 1)
     stored = {1: upright, 2: upright[:, ::-1], 3: upright[::-1, ::-1], 4: upright[::-1], 5: upright.T,
               6: np.rot90(upright, 1), 7: upright[::-1, ::-1].T, 8: np.rot90(upright, -1)}[orientation]
     exif = Image.Exif()
     exif[0x0112] = orientation
-    opened = open_image(saved(Image.fromarray(np.ascontiguousarray(stored)), "JPEG", quality=100, exif=exif))
+    opened = read_image(saved(Image.fromarray(np.ascontiguousarray(stored)), "JPEG", quality=100, exif=exif))
     np.testing.assert_allclose(np.asarray(opened)[..., 0], upright.astype(int), atol=3)
 
 
@@ -218,9 +227,9 @@ def test_an_animation_shows_its_first_frame(format):
     assert colour(first, format, save_all=True, append_images=others) == (255, 0, 0)
 
 
-def test_a_truncated_picture_is_an_error():
+def test_a_truncated_image_is_an_error():
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8))
-    whole = saved(noise, "JPEG").getvalue()
+    whole = saved(noise, "JPEG").read_bytes()
     for length in (len(whole) // 2, 10, 0):
-        with pytest.raises(ValueError, match="no readable picture"):
-            open_image(io.BytesIO(whole[:length]))
+        with pytest.raises(ValueError, match="no readable image"):
+            read_image(File(whole[:length]))

@@ -1,0 +1,115 @@
+"""How fast can one token be? The forward pass of llama.py for one more text token, compiled by torch.compile.
+
+It goes through the same layers as everything else. Three things are done for the compiler. The pass is a function
+of tensors alone, so that a growing conversation needs no new compilation. Attention is written with sums, which
+the compiler fuses. And float32 weights whose values fit into 16 bits, as those of LLaMA-2's files do, are read as
+16 bits, which halves the bytes. Optional: `python chat.py --compile`. Side room of llama.py.
+"""
+import copy
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from llama import Cache, Llama, Pass
+from mmca import TEXT, separate
+
+ONE_TEXT_TOKEN = torch.tensor([[TEXT]])     # its `kind` (1, 1)
+
+
+class ShortLinear(nn.Module):
+    """A linear layer without bias for one row x (1, in), whose weight (out, in) is kept in 16 bits.
+
+    It is written as a sum, for which the compiler makes a loop that widens each value on its way. A product of
+    matrices would widen the whole weight first.
+    """
+
+    def __init__(self, weight: Tensor):
+        super().__init__()
+        self.weight = nn.Parameter(weight, requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.weight * x.float()).sum(-1).to(x.dtype)[None]
+
+
+def shortened(weight: Tensor) -> Tensor:
+    """A float32 weight in 16 bits if they hold all its values, as in the official files; else as it is."""
+    if weight.dtype == torch.float32:
+        for short in (weight.to(torch.float16), weight.to(torch.bfloat16)):
+            if torch.equal(short.float(), weight):
+                return short
+    return weight
+
+
+def with_short_weights(llama: Llama) -> Llama:
+    """The same modules around the same parameters, but with ShortLinear where 16 bits hold a weight's values."""
+    llama = copy.deepcopy(llama, {id(p): p for p in llama.parameters()})        # parameters are not copied
+    for module in list(llama.modules()):
+        for name, child in module.named_children():
+            weight = shortened(child.weight.detach()) if isinstance(child, nn.Linear) else None
+            if weight is not None and weight.dtype != torch.float32:
+                setattr(module, name, ShortLinear(weight))
+    return llama
+
+
+def attend_with_sums(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """mmca.py's `attend` for the query q (H, D) of one token: k and v (H_kv, S, D) to (H, D)."""
+    q = q.unflatten(0, (len(k), -1, 1)).float() * q.shape[-1] ** -0.5              # (H_kv, H/H_kv, 1, D), float32
+    weights = (k[:, None] * q).sum(-1).softmax(-1)                                 # (H_kv, H/H_kv, S)
+    return (weights[..., None] * v[:, None]).sum(-2).flatten(0, 1).to(v.dtype)
+
+
+def one_token(llama: Llama, token: Tensor, rope: Tensor, texts: list[Tensor], at: Tensor,
+              images: list[Tensor]) -> Tensor:
+    """Logits (1, vocabulary) of what follows one more text token (1) of one conversation.
+
+    rope (2, 1, 1, D) is the token's rotation. texts has for each layer a cache's room for text (2, H_kv, room, D).
+    at (S) is 0, 1, … S - 1: the columns of it that are in use, the last one for this token. images has for each
+    layer the keys and values of image tokens (2, H_kv, tokens, D), or nothing where there is no image.
+    """
+    def attend(number: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        # All three are put into one tensor: else the compiler would rotate q again for every key that it meets.
+        q, k, v = torch.cat((q[0], k[0], v[0])).split((q.shape[1], k.shape[1], v.shape[1]))
+        texts[number].index_copy_(2, at[-1:], torch.stack((k, v))[:, :, None])
+        out = attend_with_sums(q, *texts[number][:, :, :len(at)])                  # the softmax over text
+        if images:
+            out = out + attend_with_sums(q, *images[number])                       # the softmax over image tokens
+        return out[None]
+
+    x, shared = llama.embed_tokens(token), Pass(1, rope, attend)
+    for number, layer in enumerate(llama.layers):
+        x = layer(x, shared, number)
+    return llama.lm_head(llama.norm(x))
+
+
+def compile_step(llama: Llama) -> Callable[[Tensor, Cache], Tensor]:
+    """A compiled `Llama.next_logits` for caches of one conversation; from then on the weights must not change.
+
+    The compiler runs at the first token without an image before it and at the first one with some. It needs a C++
+    compiler on a CPU. Of float32 weights a second, short copy is kept, so they take half as much memory again.
+    """
+    short = with_short_weights(llama)
+    compiled = torch.compile(one_token, isolate_recompiles=True, options={
+        "cpp_wrapper": llama.norm.weight.device.type == "cpu",      # C++ between the operations, not Python
+        # The weights do not change, so it is not checked at every step that they have not; in return
+        # isolate_recompiles keeps the code that is made for one model away from other models.
+        "guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe})
+    numbers = torch.arange(llama.config.max_position_embeddings, device=llama.norm.weight.device)
+    known = set()
+
+    @torch.no_grad()
+    def step(token: Tensor, cache: Cache) -> Tensor:
+        layout = separate(ONE_TEXT_TOKEN, past=cache.past)
+        cache.begin(layout)
+        (n_text, n_image), kind = cache.counts[0], layout.segments[0].kind
+        texts, at = [conversations[0] for conversations in cache.text], numbers[:n_text]
+        images = [conversations[0][:, :, :n_image] for conversations in cache.image] if n_image else []
+        if bool(images) not in known:       # Say which sizes grow, or the code would be made for this size alone.
+            known.add(bool(images))
+            for tensor, dim in [(at, 0), *((image, 2) for image in images)]:
+                torch._dynamo.maybe_mark_dynamic(tensor, dim)
+        logits = compiled(short, token, cache.rope[:, len(kind) - 1:len(kind)], texts, at, images)
+        cache.past = [kind]
+        return logits
+
+    return step

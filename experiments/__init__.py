@@ -1,0 +1,1 @@
+"""What the paper compares, as commands that train the tiny size several times and print a table."""

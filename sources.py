@@ -1,0 +1,476 @@
+"""How do the files of the nine datasets (Table 1 of DeepSpeed-VisualChat) become conversations?
+
+    record of a file ─► rounds ─► conversation ─► groups and blends of conversations (section 5.1)
+          ├─ left out by the rules of its dataset: counted, with the reason
+          └─ bad: an error that names it, or with --skip-bad a note
+
+To add a dataset, write a function that takes a Reader and the dataset's paths and yields conversations, and give
+it an entry at the end of SOURCES, and one in WHERE. `python sources.py FOLDER --size 7b` checks a data folder.
+Side room of data.py.
+"""
+import argparse
+import base64
+import json
+import os
+import random
+import re
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from functools import cache, partial
+from pathlib import Path
+from typing import BinaryIO
+
+from tqdm import tqdm
+
+from data import MAX_POSITIONS, Conversation, ImageFile, Round, encode, marked
+from llama import Tokenizer
+from visualchat import REPOSITORIES
+from vit import VisionConfig, VisionTransformer, load_pixels
+from weights import find_weights, printable, read_json, replacing
+
+MARK, SPARKLES_MARK = "<image>", "<Img><ImageHere></Img>"       # They stand for an image in a question.
+MOST_IMAGES = 8                 # of a conversation in MIMIC-IT or Sparkles; the paper leaves out those with more
+
+
+# ---- what all readers share ----
+
+class LeftOut(Exception):
+    """The rules of its dataset leave a record out; the message says so and gives the reason."""
+
+
+@dataclass
+class Reader:
+    """Reads one dataset of a data folder, and notes what it leaves out."""
+    name: str
+    data: Path
+    seed: int = 0
+    skip_bad: bool = False      # A bad record is noted in `bad` and skipped; otherwise it raises ValueError.
+    left_out: Counter = field(default_factory=Counter)          # what the dataset's rules do: to how many records
+    bad: list[str] = field(default_factory=list)                # what is wrong with each bad record
+
+    def each(self, file: Path, records: Iterable[tuple[str, object]], parse: Callable) -> Iterator[Conversation]:
+        """The rounds that `parse` makes of each (key, record), as a conversation that is named by file and key."""
+        for key, record in records:
+            name = f"{file}, record {key if str(key).isprintable() else ascii(key)}"
+            try:
+                conversation = Conversation(name, parse(record))
+            except LeftOut as reason:
+                self.left_out[str(reason)] += 1
+            except (ValueError, KeyError, TypeError, AttributeError, OSError, RuntimeError) as error:
+                message = f"{name}: {type(error).__name__}: {error}"
+                if not self.skip_bad:
+                    raise ValueError(f"{message}. Correct it, or leave it out with --skip-bad") from error
+                self.bad.append(message)
+            else:
+                yield conversation
+
+
+@cache
+def file_names(folder: Path) -> frozenset[str]:
+    """Names of the plain files in a folder, read once: a question to the disk for each record would take long."""
+    return frozenset(entry.name for entry in os.scandir(folder) if entry.is_file(follow_symlinks=False))
+
+
+def inside(folder: Path, name: str) -> Path:
+    """The file folder/name; raises ValueError where the name leads out of the folder, or to nothing."""
+    if name not in file_names(folder):
+        path = (folder / name).resolve()
+        if folder.resolve() not in path.parents:
+            raise ValueError(f"image {name!r} lies outside {folder}")
+        if not path.is_file():
+            raise ValueError(f"no image {name!r} in {folder}")
+    return folder / name
+
+
+def tidy_round(images: Iterable[ImageFile], question: str, answer: str) -> Round:
+    """A round without needless blanks; raises ValueError where a text is empty or no valid Unicode."""
+    question, answer = " ".join(question.split()), answer.strip()
+    (question + answer).encode()                                # raises UnicodeEncodeError, which is a ValueError
+    if not question or not answer:
+        raise ValueError(f"an empty question or answer: {question[:60]!r}, {answer[:60]!r}")
+    return Round(tuple(images), question, answer)
+
+
+def show_first(images: Iterable[ImageFile], rounds: Iterable[Round]) -> list[Round]:
+    """These rounds, with these images in the first of them and none in the others."""
+    return [replace(round_, images=tuple(images) if i == 0 else ()) for i, round_ in enumerate(rounds)]
+
+
+# ---- LLaVA-Instruct ----
+
+def llava_rounds(record: dict, images: Path) -> list[Round]:
+    """A LLaVA record as rounds. Each <image> mark shows the record's next image; a question loses its marks.
+
+    `image` is one name or, as many projects extend the format, a list of names. Raises what `each` catches.
+    """
+    names, messages = record.get("image", []), record["conversations"]
+    names = [names] if isinstance(names, str) else list(names)
+    speakers = [message["from"] for message in messages]
+    if not messages or speakers != ["human", "gpt"] * (len(messages) // 2):
+        raise ValueError(f"speakers must alternate human, gpt; found {', '.join(speakers) or 'none'}")
+    marks = [human["value"].count(MARK) for human in messages[::2]]
+    if sum(marks) != len(names):
+        raise ValueError(f"{len(names)} images, but {sum(marks)} {MARK} marks")
+    files = iter([inside(images, name) for name in names])
+    return [tidy_round((next(files) for _ in range(n)), human["value"].replace(MARK, " "), gpt["value"])
+            for n, human, gpt in zip(marks, messages[::2], messages[1::2])]
+
+
+def llava(reader: Reader, files: list[Path], images: Path) -> Iterator[Conversation]:
+    """A conversation for each record of LLaVA's files."""
+    for file in files:
+        records = ((record.get("id", i) if isinstance(record, dict) else i, record)
+                   for i, record in enumerate(read_json(file, list)))
+        yield from reader.each(file, records, lambda record: llava_rounds(record, images))
+
+
+def concatenated(reader: Reader, *paths: Path, most: int) -> Iterator[Conversation]:
+    """LLaVA's conversations in random groups of 1 to `most`, each group one conversation (section 5.1.1).
+
+    Every record is used exactly once. A record that shows several images stays alone.
+    """
+    *files, images = paths
+    rng, single = random.Random(f"{reader.seed} {reader.name}"), []
+    for conversation in llava(reader, files, images):
+        if sum(len(round_.images) for round_ in conversation.rounds) > 1:
+            yield conversation
+        else:
+            single.append(conversation)
+    rng.shuffle(single)
+    while single:
+        n = rng.randint(1, most)
+        group, single[-n:] = single[-n:], []
+        yield Conversation(" + ".join(part.name for part in group), sum((part.rounds for part in group), []))
+
+
+# ---- images that lie as base64 text in a JSON file, which may be larger than memory ----
+
+HEAD_SIZE, READ_SIZE = 1 << 15, 1 << 16      # bytes that are read at once: to find a key, the end of a text
+ENTRY = re.compile(rb'\s*(?P<opening>[{,])\s*"(?P<key>([^"]*[^"\\])?)"\s*:\s*"')      # what stands before a text
+
+
+@dataclass(frozen=True)
+class EncodedImage:
+    """An image in a JSON file: its key there, and the first byte and the length of its base64 text."""
+    file: Path
+    key: str
+    start: int
+    length: int
+
+    def read_bytes(self) -> bytes:
+        with open(self.file, "rb") as file:
+            file.seek(self.start)
+            text = file.read(self.length)
+        try:
+            return base64.b64decode(json.loads(b'"%b"' % text), validate=True)     # JSON may write / as \/
+        except ValueError as error:
+            raise ValueError(f"{self} is no base64 text: {error}") from error
+
+    def __str__(self) -> str:
+        return f"{self.file}, {self.key}"
+
+
+def find_quote(stream: BinaryIO, start: int) -> int:
+    """Where the first quote from byte `start` on is; -1 where there is none."""
+    stream.seek(start)
+    while chunk := stream.read(READ_SIZE):
+        if b'"' in chunk:
+            return stream.tell() - len(chunk) + chunk.index(b'"')
+    return -1
+
+
+def scan(file: Path) -> Iterator[tuple[str, int, int]]:
+    """(key, first byte, length) of every text in a JSON object of texts: {"key": "text", "key": "text"}.
+
+    Raises ValueError for other JSON, and for an escaped quote, since neither keys nor base64 have quotes in them.
+    """
+    size = file.stat().st_size
+    with open(file, "rb") as stream, tqdm(total=size, desc=f"scanning {file.name}", unit="B", unit_scale=True,
+                                          leave=False) as bar:
+        def read(start: int, length: int) -> bytes:
+            stream.seek(start)
+            return stream.read(length)
+
+        done, opening, closing = 0, b"{", b"{}"
+        while (entry := ENTRY.match(read(done, HEAD_SIZE))) and entry["opening"] == opening:
+            start = done + entry.end()
+            end = find_quote(stream, start)
+            if end < 0 or read(end - 1, 1) == b"\\":            # The text does not end, or has a quote in it.
+                break
+            yield json.loads(b'"%b"' % entry["key"]), start, end - start
+            done, opening, closing = end + 1, b",", b"}"
+            bar.update(done - bar.n)
+        rest = read(done, HEAD_SIZE)
+        if done + len(rest) < size or b"".join(rest.split()) != closing:
+            raise ValueError(f"{file} is no JSON object of base64 texts, or was cut off: unexpected "
+                             f"{rest[:60]!r} at byte {done}")
+
+
+def encoded_images(file: Path) -> dict[str, EncodedImage]:
+    """The images in a JSON object of base64 texts, by key; none of them is read.
+
+    The file is scanned once; `<file>.index` beside it then says where each text lies.
+    """
+    index, state = file.with_name(f"{file.name}.index"), [file.stat().st_size, file.stat().st_mtime_ns]
+    try:
+        found = read_json(index)
+        if found["state"] == state and all(0 <= start <= start + length <= state[0]
+                                           for start, length in found["texts"].values()):
+            return {key: EncodedImage(file, key, *place) for key, place in found["texts"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        pass                                                    # There is none yet, or it is damaged.
+    places = {key: (start, length) for key, start, length in scan(file)}
+    try:
+        with replacing(index) as new:
+            new.write_text(json.dumps({"state": state, "texts": places}))
+    except OSError as error:                                    # A data folder may be read-only.
+        print(f"{index} could not be written, so every start scans {file.name}: {error}", file=sys.stderr)
+    return {key: EncodedImage(file, key, *place) for key, place in places.items()}
+
+
+# ---- MIMIC-IT, and its blend with LLaVA ----
+
+def mimicit(reader: Reader, instructions: Path, source: Path) -> Iterator[Conversation]:
+    """Conversations of a part of MIMIC-IT: an instruction, and those related to it, about the same images.
+
+    source: COCO's folder for the part CGD, for the other parts a JSON file of base64 texts.
+    """
+    records = read_json(instructions).get("data")
+    if not isinstance(records, dict):
+        raise ValueError(f"{instructions} holds no instructions under `data`")
+    images = ({f"CGD_IMG_{name[:-4]}": source / name for name in file_names(source) if name.endswith(".jpg")}
+              if source.is_dir() else encoded_images(source))
+
+    def parse(record: dict) -> list[Round]:
+        """An instruction as one round; raises what `each` catches."""
+        found = [images[name] for name in record["image_ids"] if name in images]
+        if not found:
+            raise LeftOut("left out: none of its images is there")
+        if len(found) > MOST_IMAGES:
+            raise LeftOut(f"left out: more than {MOST_IMAGES} images")
+        if len(found) < len(record["image_ids"]):
+            reader.left_out["kept without an image that is not there"] += 1
+        if not all(isinstance(other, str) for other in record["rel_ins_ids"]):
+            raise ValueError("rel_ins_ids is no list of names")
+        return [tidy_round(found, record["instruction"].replace(MARK, " "), record["answer"])]
+
+    single = {key: conversation for key, record in records.items()
+              for conversation in reader.each(instructions, [(key, record)], parse)}
+    unused = dict(single)                                       # instructions that no conversation has yet
+    for key, conversation in single.items():
+        if unused.pop(key, None):
+            first = conversation.rounds[0]
+            related = [unused.pop(other).rounds[0] for other in records[key]["rel_ins_ids"]
+                       if other in unused and unused[other].rounds[0].images == first.images]
+            yield Conversation(conversation.name, show_first(first.images, [first, *related]))
+
+
+def blend(reader: Reader, instructions: Path, images: Path, *files: Path) -> Iterator[Conversation]:
+    """LLaVA's rounds about each image of a CGD conversation, then CGD's rounds about all (section 5.1.2).
+
+    For each image in order come some of LLaVA's conversations about it: at least one, but perhaps none for the
+    last image. Then come some of CGD's rounds, at least one. An image is shown in the first round about it.
+    """
+    rng, about = random.Random(f"{reader.seed} {reader.name}"), {}      # about[image]: conversations, as rounds
+    for conversation in llava(reader, list(files), images):
+        first, *others = conversation.rounds
+        if len(first.images) == 1 and not any(round_.images for round_ in others):
+            about.setdefault(first.images[0], []).append(conversation.rounds)
+    for conversation in mimicit(reader, instructions, images):
+        wanted = conversation.rounds[0].images
+        if not all(image in about for image in wanted[:-1]):
+            reader.left_out["left out: an image that LLaVA does not talk about"] += 1
+            continue
+        rounds, not_shown = [], []
+        for number, image in enumerate(wanted, 1):
+            found = about.get(image, [])
+            chosen = rng.sample(found, rng.randint(int(number < len(wanted)), len(found)))
+            not_shown += [] if chosen else [image]
+            rounds += show_first([image], sum(chosen, []))
+        n = len(conversation.rounds)
+        about_all = [conversation.rounds[i] for i in sorted(rng.sample(range(n), rng.randint(1, n)))]
+        yield Conversation(conversation.name, rounds + show_first(not_shown, about_all))
+
+
+# ---- Sparkles ----
+
+# Sparkles' texts call an image IMAGE#<its id>. In each conversation, the names in one of these lists replace that.
+TAGS = [[f"image {n}" for n in range(1, 9)],
+        [f"image {letter}" for letter in "abcdefgh"], [f"image {letter}" for letter in "ABCDEFGH"],
+        [f"the {n} image" for n in "first second third fourth fifth sixth seventh eighth".split()]]
+
+
+def sparkles_rounds(record: dict, images: Path, tags: list[str]) -> list[Round]:
+    """A SparklesDialogue record as rounds that call the images by `tags`; raises what `each` catches."""
+    messages = record["dialogue"]
+    roles = [message["role"] for message in messages]
+    if not roles or roles != ["user", "assistant"] * (len(roles) // 2):
+        raise ValueError(f"roles must alternate user, assistant; found {', '.join(roles) or 'none'}")
+    ids = [str(image["image_id"]) for user in messages[::2] for image in user.get("images", [])]
+    if len(ids) > MOST_IMAGES:
+        raise LeftOut(f"left out: more than {MOST_IMAGES} images")
+    if any(f"{id}.jpg" not in file_names(images) for id in ids):
+        raise LeftOut("left out: an image is missing")
+    tag_of = dict(zip(ids, tags))
+
+    def tag(found: re.Match) -> str:
+        """The name of an image, with a capital where a sentence begins."""
+        if found[1] not in tag_of:
+            raise LeftOut("left out: the text names an image that is not shown")
+        name, before = tag_of[found[1]], found.string[:found.start()].rstrip()
+        return name if before and before[-1] not in ".?!" else name[0].upper() + name[1:]
+
+    rounds = []
+    for user, assistant in zip(messages[::2], messages[1::2]):
+        question, answer = (re.sub(r"IMAGE#(\d+)", tag, message["content"].replace(SPARKLES_MARK, ""))
+                            for message in (user, assistant))
+        files = (images / f"{image['image_id']}.jpg" for image in user.get("images", []))
+        rounds.append(tidy_round(files, question, answer))
+    return rounds
+
+
+def sparkles(reader: Reader, *paths: Path) -> Iterator[Conversation]:
+    """Both parts of SparklesDialogue; each has a file and a folder of images."""
+    rng = random.Random(f"{reader.seed} {reader.name}")
+    for file, images in zip(paths[::2], paths[1::2]):
+        yield from reader.each(file, enumerate(read_json(file, list)),
+                               lambda record: sparkles_rounds(record, images, rng.choice(TAGS)))
+
+
+# ---- all of them ----
+
+COCO, CGD = "coco/train2017", "MIMIC-IT/CGD_instructions.json"
+DETAIL, DIALOGUE = ("llava/detail_23k.json", "llava/complex_reasoning_77k.json"), "llava/conversation_58k.json"
+SPARKLES = "SparklesDialogueCC and SparklesDialogueVG by way of github.com/HYPJUDY/Sparkles"
+WHERE = {"coco": "the images of COCO's train2017 from cocodataset.org",
+         "llava": "LLaVA-Instruct-150K from the Hugging Face hub, liuhaotian/LLaVA-Instruct-150K",
+         "MIMIC-IT": "MIMIC-IT's JSON files, not the parquet ones, from the Hugging Face hub, pufanyi/MIMICIT",
+         "SparklesDialogueCC": SPARKLES, "SparklesDialogueVG": SPARKLES}
+
+
+@dataclass(frozen=True)
+class Source:
+    """A dataset: what converts it, how many samples the paper counts (Table 1), its files and folders."""
+    convert: Callable[..., Iterator[Conversation]]              # takes a Reader and the paths of `files`
+    in_paper: int
+    files: tuple[str, ...]
+
+    def read(self, reader: Reader) -> Iterator[Conversation]:
+        """Its conversations; raises FileNotFoundError that says where to get missing files."""
+        if missing := [name for name in self.files if not (reader.data / name).exists()]:
+            where = "; ".join(dict.fromkeys(WHERE.get(name.split("/")[0], name) for name in missing))
+            raise FileNotFoundError(f"no {', '.join(missing)} in {reader.data.absolute()}. Get {where}")
+        return self.convert(reader, *(reader.data / name for name in self.files))
+
+
+SOURCES = {
+    "llava": Source(partial(concatenated, most=3), 49924, (*DETAIL, COCO)),
+    "llava_dial": Source(partial(concatenated, most=2), 37818, (DIALOGUE, COCO)),
+    "otter_mimicit_cgd": Source(mimicit, 70940, (CGD, COCO)),
+    **{f"otter_mimicit_{name.lower()}": Source(mimicit, count, (f"MIMIC-IT/{name}_instructions.json",
+                                                               f"MIMIC-IT/{name}.json"))
+       for name, count in (("SD", 8006), ("SN", 487), ("TVC", 2), ("VST", 115))},
+    "llava_otter_blend": Source(blend, 48869, (CGD, COCO, *DETAIL, DIALOGUE)),
+    "sparkles_dialogue": Source(sparkles, 6520, tuple(
+        f"{name}/{part}" for name in ("SparklesDialogueCC", "SparklesDialogueVG")
+        for part in (f"annotations/{name}.json", "images"))),
+}
+PAPER = tuple(SOURCES)[:9]      # a tenth dataset stands behind them in SOURCES and joins no mixture of the paper
+MIXTURES = {"attention": PAPER[:2], "single": PAPER[:2], "set1": PAPER[:8], "set2": PAPER}
+
+
+def dataset_names(given: Iterable[str]) -> list[str]:
+    """The datasets behind names of datasets and mixtures, each once; raises ValueError for an unknown name."""
+    names = [name for each in given for name in MIXTURES.get(each, [each])]
+    if unknown := [name for name in names if name not in SOURCES]:
+        raise ValueError(f"no dataset {unknown[0]!r}; there are {', '.join(SOURCES)}, and the mixtures "
+                         f"{', '.join(MIXTURES)}")
+    return list(dict.fromkeys(names))
+
+
+def read_datasets(data: Path, names: Iterable[str], seed: int = 0, skip_bad: bool = False,
+                  tell: Callable[[str], None] = print) -> list[Conversation]:
+    """All conversations of the named datasets or mixtures, the same for the same seed; tells what was left out.
+
+    Raises ValueError for an unknown name and for a bad record, FileNotFoundError for missing files.
+    """
+    conversations = []
+    for name in dataset_names(names):
+        reader = Reader(name, data, seed, skip_bad)
+        conversations += SOURCES[name].read(reader)
+        for reason, count in reader.left_out.items():
+            tell(f"{name}: {count} records {reason}")
+        if reader.bad:
+            tell(f"{name}: {len(reader.bad)} bad records skipped, the first is {reader.bad[0]}")
+    return conversations
+
+
+# ---- checking a data folder ----
+
+def check_dataset(reader: Reader, tokenizer: Tokenizer, n_tokens: int, n_examples: int, open_images: bool) -> list:
+    """A row of the table about one dataset; prints its examples and notes in `reader` what is wrong with it."""
+    name, in_paper, lengths, n_images, opened = reader.name, SOURCES[reader.name].in_paper, [], [], set()
+    print()
+    try:
+        conversations = list(SOURCES[name].read(reader))
+    except (OSError, ValueError) as error:
+        print(printable(f"{name}: {error}"))
+        missing = isinstance(error, FileNotFoundError)
+        reader.bad += [] if missing else [str(error)]
+        return [name, in_paper, *["missing" if missing else "broken"] * 6]
+    for i, conversation in enumerate(tqdm(conversations, name, leave=False)):
+        encoded = encode(conversation.rounds, tokenizer, n_tokens, sys.maxsize)
+        lengths.append(len(encoded.ids))
+        n_images.append(len(encoded.images))
+        if i < n_examples:
+            tqdm.write(printable(f"{name}, {conversation.name}\n{marked(encoded, tokenizer)}\n"))
+        try:
+            encode(conversation.rounds, tokenizer, n_tokens)
+            for image in {*encoded.images} - opened if open_images else ():
+                opened.add(image)
+                load_pixels(image, 14)
+        except (ValueError, OSError) as error:
+            reader.bad.append(f"{conversation.name}: {error}")
+    for problem in (*(f"bad record: {problem}" for problem in reader.bad),
+                    *(f"{count} records {reason}" for reason, count in reader.left_out.items())):
+        print(printable(f"{name}: {problem}"))
+    n_left_out = sum(n for reason, n in reader.left_out.items() if reason.startswith("left out"))
+    each = f"{sum(n_images) / max(len(n_images), 1):.1f}, at most {max(n_images, default=0)}"
+    return [name, in_paper, len(conversations), n_left_out, len(reader.bad), each, max(lengths, default=0),
+            sum(length > MAX_POSITIONS for length in lengths)]
+
+
+def main():
+    """Print examples of each dataset, what is missing or wrong, and a table of all nine."""
+    parser = argparse.ArgumentParser(description="Checks a data folder.")
+    parser.add_argument("folder", nargs="?", type=Path, default=Path("data/tiny"))
+    parser.add_argument("--size", default="tiny", choices=list(REPOSITORIES), help="whose tokenizer counts")
+    parser.add_argument("--llama", default="", help="folder with tokenizer.model; looked for if not given")
+    parser.add_argument("--images", action="store_true", help="open every image, which takes long")
+    parser.add_argument("--examples", type=int, default=3, help="how many of each dataset to print")
+    options = parser.parse_args()
+    try:
+        if not options.folder.is_dir():
+            raise FileNotFoundError(f"no folder {options.folder.absolute()}")
+        tokenizer = Tokenizer(options.llama or find_weights(REPOSITORIES[options.size][0]))
+        vision = (VisionTransformer.from_pretrained(find_weights(REPOSITORIES["tiny"][1])).config
+                  if options.size == "tiny" else VisionConfig())        # The real ViT need not be here yet.
+        readers = [Reader(name, options.folder, skip_bad=True) for name in SOURCES]
+        table = [("dataset", "paper", "samples", "left out", "bad", "images each", "longest", "cut"),
+                 *(check_dataset(reader, tokenizer, vision.n_queries, options.examples, options.images)
+                   for reader in readers)]
+    except (OSError, ValueError) as error:
+        sys.exit(f"sources.py: {error}")
+    widths = [max(len(str(cell)) for cell in column) for column in zip(*table)]
+    for row in table:
+        print(*(str(cell).rjust(width) for cell, width in zip(row, widths)), sep="  ")
+    print("paper: samples in its Table 1; left out: by the dataset's rules; bad: cannot be used; longest: in "
+          f"positions;\ncut: samples longer than {MAX_POSITIONS}, which lose their last rounds")
+    if any(reader.bad for reader in readers):
+        sys.exit("bad records or files: see above")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,100 @@
+"""Claims about album.py: an image that is known costs nothing, in any conversation; what is kept is checked."""
+import hashlib
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import save as serialize
+
+from album import Album, fingerprint
+from chat import Chat
+from data import Round, encode_round
+from test_chat import ask
+from visualchat import save
+from weights import read_file
+
+
+@pytest.fixture
+def chat(model, tokenizer):
+    return Chat(model, tokenizer)
+
+
+def digest(file):
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def passes(model):
+    """What the towers are given from now on, pass by pass: images of the ViT, tokens of LLaMA's layers."""
+    given = {"vit": [], "llama": []}
+    model.vit.register_forward_pre_hook(lambda _, args: given["vit"].append(len(args[0])))
+    width = model.llama.config.hidden_size
+    model.llama.layers[0].post_attention_layernorm.register_forward_pre_hook(
+        lambda _, args: given["llama"].append(args[0].numel() // width))
+    return given
+
+
+def test_an_image_that_was_seen_costs_no_pass_over_it_in_any_conversation(chat, image_files):
+    first = ask(chat, image_files[:2])
+    given, again = passes(chat.model), chat.again()
+    assert ask(again, image_files[:2]) == first
+    text = len(encode_round(Round(tuple(image_files[:2]), "?"), 0, True, chat.tokenizer, 4).ids) - 2 * 4
+    assert given["vit"] == [] and given["llama"][0] == text and set(given["llama"][1:]) == {1}
+    ask(again, image_files[2:3])
+    assert given["vit"] == [1]
+
+
+def test_images_are_kept_on_disk_and_a_damaged_file_is_made_anew(chat, image_files, tmp_path):
+    kept = Chat(chat.model, chat.tokenizer, Album(chat.model, tmp_path / "album"))
+    first = ask(kept, [*image_files[:2], image_files[0]])
+    assert first == ask(chat, [*image_files[:2], image_files[0]])
+    assert len(list((tmp_path / "album").iterdir())) == 2
+    given, later = passes(chat.model), Chat(chat.model, chat.tokenizer, Album(chat.model, tmp_path / "album"))
+    assert ask(later, [*image_files[:2], image_files[0]]) == first and given["vit"] == []
+    for damage in ("nonsense", "another shape", "no checksum", "another value"):
+        for file in (tmp_path / "album").iterdir():
+            found = read_file(file)
+            found["image_kv"] = torch.zeros(3) if damage == "another shape" else found["image_kv"] + 1
+            if damage == "no checksum":
+                del found["checksum"]
+            file.write_bytes(b"nonsense" if damage == "nonsense" else serialize(found))
+        for passes_of_vit in ([2], []):                         # damaged: looked at again; then kept again
+            given["vit"].clear()
+            again = Chat(chat.model, chat.tokenizer, Album(chat.model, tmp_path / "album"))
+            assert ask(again, [*image_files[:2], image_files[0]]) == first and given["vit"] == passes_of_vit
+
+
+def test_the_album_holds_the_newest_images(chat, image_files, monkeypatch):
+    monkeypatch.setattr(Album, "NEWEST", 2)
+    ask(chat, image_files[:3])
+    digests = [digest(file) for file in image_files]
+    assert [chat.album.find(digest) is None for digest in digests] == [True, False, False, True]
+    given = passes(chat.model)
+    assert chat.album.image_kv(image_files[:3]).shape[3] == 3 * 4 and given["vit"] == [1]
+
+
+def test_images_found_in_a_folder_do_not_fill_the_memory(chat, image_files, tmp_path, monkeypatch):
+    ask(Chat(chat.model, chat.tokenizer, Album(chat.model, tmp_path)), image_files)
+    monkeypatch.setattr(Album, "NEWEST", 2)
+    album = Album(chat.model, tmp_path)
+    assert album.image_kv(image_files).shape[3] == 4 * 4
+    assert len(album.known) == 2
+
+
+def test_what_was_seen_is_kept_even_if_the_file_changes_while_the_answer_is_made(chat, image_files, tmp_path):
+    file = tmp_path / "a.png"
+    shutil.copy(image_files[0], file)
+    for _ in chat.ask("?", [file]):
+        shutil.copy(image_files[1], file)
+    assert list(chat.album.known) == [digest(image_files[0])]
+
+
+def test_another_training_result_or_tower_has_another_fingerprint(overfitted, config, tmp_path):
+    parts = {name: p for name, p in overfitted[2].named_parameters() if p.requires_grad}
+    names = []
+    for folder in ("a", "b", "c"):
+        save(tmp_path / folder, parts if folder != "b" else {name: p + 1 for name, p in parts.items()}, config)
+        names.append(fingerprint(tmp_path / folder, config))
+    assert names[0] == names[2] != names[1]
+    shutil.copytree(config.vit, tmp_path / "vit")
+    assert fingerprint(tmp_path / "a", replace(config, vit=str(tmp_path / "vit"))) != names[0]

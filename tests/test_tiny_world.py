@@ -1,0 +1,191 @@
+"""tiny/world.py: questions have one right answer, held-out pairs stay out, files are what the readers expect."""
+import json
+import random
+import re
+from pathlib import Path
+
+import pytest
+from PIL import Image, ImageChops
+
+from sources import SOURCES, TAGS, read_datasets
+from tiny import world
+from vit import load_pixels, read_image
+
+ROOT = Path(__file__).parent.parent
+
+
+def numbered(text: str, n_shown: int) -> str:
+    """The text with every image called by its number, however it was called."""
+    for names in TAGS:
+        for i, name in enumerate(names, 1):
+            text = re.sub(rf"\b{name}\b", f"image {i}", text)
+    return text.replace("the image", f"image {n_shown}")
+
+
+def right_answer(question: str, scenes: list) -> str:
+    """An answer worked out from the question's words alone."""
+    numbers = [int(digit) - 1 for digit in re.findall(r"\d", question)]
+    if question.startswith("Describe"):
+        return "A {} {} {} at the {}.".format(*scenes[numbers[0]])
+    if question.startswith("What changed"):
+        a, b = (scenes[i] for i in numbers)
+        return " ".join(f"the {name}" for name, x, y in zip(("size", "color", "shape", "place"), a, b) if x != y)
+    if question.startswith("Do image"):
+        place = ("size", "color", "shape", "place").index(question.rstrip("?").split()[-1])
+        return "yes" if scenes[numbers[0]][place] == scenes[numbers[1]][place] else "no"
+    if question.startswith(("Does any", "Which")):
+        known = {value for values in world.ATTRIBUTES.values() for value in values}
+        (value,) = set(question.rstrip("?").split()) & known
+        having = [f"image {i}" for i, scene in enumerate(scenes, 1) if value in scene]
+        return " ".join(having) if question.startswith("Which") else "yes" if having else "no"
+    place = 3 if question.startswith("Where") else ("size", "color", "shape").index(question.split()[1])
+    return scenes[numbers[0]][place]
+
+
+def test_every_question_has_its_one_right_answer():
+    rng = random.Random(0)
+    for _ in range(300):
+        scenes, rounds = world.dialogue(rng.choice([1, 2, 3]), 6, rng, world.ALL_SCENES)
+        shown = []
+        for new, topic, question, answer in rounds:
+            shown = shown + new
+            assert world.topic_of(question) == topic
+            question, answer = (numbered(text, len(shown)) for text in (question, answer))
+            assert answer == right_answer(question, shown)
+            assert max([int(digit) for digit in re.findall(r"\d", question)], default=1) <= len(shown)
+        assert shown == scenes
+
+
+def test_images_are_called_in_every_way_and_the_image_is_the_last_one():
+    rng, asked = random.Random(0), []
+    for _ in range(400):
+        for new, *_, question, _ in world.dialogue(3, 6, rng, world.ALL_SCENES)[1]:
+            asked.append(question)
+    for names in TAGS:
+        assert all(any(re.search(rf"\b{name}\b", question) for question in asked) for name in names[:3])
+    for _ in range(400):
+        _, rounds = world.dialogue(2, 4, rng, world.ALL_SCENES)
+        if len(rounds[0][0]) == 2:              # shown together, neither is "the image"
+            assert not any("the image" in question for *_, question, _ in rounds)
+
+
+def test_no_topic_of_question_can_be_guessed():
+    rng, answers = random.Random(0), {}
+    for _ in range(3000):
+        for _, topic, _, answer in world.dialogue(rng.choice([2, 3]), 6, rng, world.SEEN)[1]:
+            answers.setdefault(topic, []).append(answer)
+    assert set(answers) == {"size", "color", "shape", "place", "describe", *world.COMPARING}
+    for topic, given in answers.items():
+        commonest = max(given.count(answer) for answer in set(given)) / len(given)
+        assert commonest < {"any": .55, "same": .6, "which": .5, "size": .55, "changed": .35}.get(topic, .3), topic
+
+
+def test_held_out_pairs_are_in_one_world_alone():
+    assert len(world.ALL_SCENES) == 240 and len(world.UNSEEN) == 60
+    assert not world.SEEN & world.UNSEEN and world.SEEN | world.UNSEEN == world.ALL_SCENES
+    assert all(((color, shape) in world.HELD_OUT) == ((size, color, shape, place) in world.UNSEEN)
+               for size, color, shape, place in world.ALL_SCENES)
+    values = [{value for scene in scenes for value in scene} for scenes in (world.SEEN, world.UNSEEN)]
+    assert values[0] == values[1]
+    rng = random.Random(0)
+    for _ in range(200):
+        assert set(world.dialogue(3, 6, rng, world.SEEN)[0]) <= world.SEEN
+        assert set(world.dialogue(3, 6, rng, world.UNSEEN)[0]) <= world.UNSEEN
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A small world."""
+    folder = tmp_path_factory.mktemp("world")
+    world.write_world(folder, 60, seed=3)
+    return folder
+
+
+def test_the_world_holds_all_nine_datasets(folder):
+    for name in SOURCES:
+        conversations = read_datasets(folder, [name], tell=pytest.fail)     # nothing is left out
+        assert conversations, name
+        files = [[file for each in conversation.rounds for file in each.images] for conversation in conversations]
+        assert {len(shown) for shown in files} <= {1, 2, 3}
+        assert all(len(set(shown)) == len(shown) for shown in files)
+        for file in files[0]:
+            assert load_pixels(file, 16).shape == (3, 16, 16)
+
+
+def test_every_answer_in_every_dataset_is_right(folder):
+    """Images are known by their bytes: drawn again from the same seed, each reveals its scene."""
+    known = {}
+
+    def noted(scene, rng, *side, draw_scene=world.draw_scene):
+        image = draw_scene(scene, rng, *side)
+        known[image.tobytes()] = scene
+        return image
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(world, "draw_scene", noted)
+        patch.setattr(Image.Image, "save", lambda image, file, *args, save=Image.Image.save, **settings:
+                      save(image, file, "PNG"))                 # so that the bytes can be recognized
+        lossless = folder.parent / "lossless"
+        world.write_world(lossless, 60, seed=3)
+    for conversation in read_datasets(lossless, SOURCES, tell=pytest.fail):
+        shown = []
+        for each in conversation.rounds:
+            shown += [known[read_image(file).tobytes()] for file in each.images]
+            question, answer = (numbered(text, len(shown)) for text in (each.question, each.answer))
+            assert answer == right_answer(question, shown), (conversation.name, each)
+
+
+def test_the_same_seed_draws_the_same_files_and_another_seed_others(folder, tmp_path):
+    world.write_world(tmp_path / "again", 60, seed=3)
+    world.write_world(tmp_path / "other", 60, seed=4)
+    files = [file.relative_to(folder) for file in sorted(folder.rglob("*.j*")) if file.suffix != ".index"]
+    assert len(files) > 200
+    assert all((tmp_path / "again" / file).read_bytes() == (folder / file).read_bytes() for file in files)
+    assert (tmp_path / "other/llava/detail_23k.json").read_text() != (folder / "llava/detail_23k.json").read_text()
+
+
+def test_what_is_there_is_not_drawn_again_and_what_is_missing_is(tmp_path, monkeypatch):
+    monkeypatch.setattr(world, "N_CONVERSATIONS", 50)
+    monkeypatch.setattr(world, "N_TEST", 4)
+    world.ensure(tmp_path)
+    files = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*.j*")}
+    unseen = json.loads((tmp_path / "test_unseen/llava/conversation_58k.json").read_text())
+    assert len(unseen) == 4
+    (tmp_path / "test_seen/llava/conversation_58k.json").unlink()
+    world.ensure(tmp_path)
+    drawn_again = {file.relative_to(tmp_path).parts[0] for file, time in files.items()
+                   if file.stat().st_mtime_ns != time}
+    assert drawn_again == {"test_seen"}
+
+
+def test_dialogues_about_several_images_are_one_conversation_each(folder):
+    several = read_datasets(folder, ["llava_dial"])
+    assert len(several) == 60
+    assert {sum(len(each.images) for each in conversation.rounds) for conversation in several} == {2, 3}
+    for conversation in several:
+        files = [file for each in conversation.rounds for file in each.images]
+        assert files == sorted(files) and len(conversation.rounds) == 6
+        assert all(Image.open(file).size == (224, 224) and file.suffix == ".jpg" for file in files)
+
+
+def test_llava_records_are_in_the_official_format(folder):
+    for record in json.loads((folder / "llava/detail_23k.json").read_text()):
+        assert set(record) == {"id", "image", "conversations"} and isinstance(record["image"], str)
+        assert record["conversations"][0]["value"].endswith("\n<image>")
+        assert [message["from"] for message in record["conversations"]] == ["human", "gpt"] * 3
+
+
+def test_images_of_one_scene_differ():
+    rng = random.Random(0)
+    a, b = (world.draw_scene(("big", "red", "star", "left"), rng) for _ in range(2))
+    assert ImageChops.difference(a, b).getbbox()
+
+
+def test_the_committed_examples_are_what_the_command_draws(tmp_path, monkeypatch):
+    monkeypatch.setattr(world, "ensure", lambda data: None)
+    monkeypatch.setattr("sys.argv", ["world.py"])
+    monkeypatch.chdir(tmp_path)
+    world.main()
+    for name in world.EXAMPLES:
+        drawn, committed = (Image.open(folder / "examples" / name) for folder in (tmp_path, ROOT))
+        assert ImageChops.difference(drawn, committed).getbbox() is None

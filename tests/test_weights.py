@@ -1,0 +1,164 @@
+"""Claims about weights.py: strict loading, no code from pickles, no file outside a folder, finding weights."""
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from llama import Llama
+from weights import find_weights, printable, read_file, replacing
+
+
+# ---- helpers ----
+
+def test_a_file_is_replaced_in_one_step_or_not_at_all(tmp_path):
+    file = tmp_path / "a.txt"
+    file.write_text("old")
+    with pytest.raises(ZeroDivisionError), replacing(file) as new:
+        new.write_text("half")
+        1 / 0
+    assert file.read_text() == "old" and [*tmp_path.iterdir()] == [file]
+    with replacing(file) as new:
+        new.write_text("new")
+        assert file.read_text() == "old"
+    assert file.read_text() == "new" and [*tmp_path.iterdir()] == [file]
+
+
+def test_what_could_command_a_terminal_is_escaped():
+    assert printable("é 猫\n\x1b[2J\r\x07\ud800") == "é 猫\n\\x1b[2J\\r\\x07\\ud800"
+
+
+def test_modules_without_values_lie_on_the_meta_device_and_do_not_import_the_compiler():
+    code = ("import sys; from llama import *; from vit import *; from weights import without_values\n"
+            "with without_values(): towers = Llama(LLAMA_2['7b']), VisionTransformer(VisionConfig())\n"
+            "assert all(p.is_meta for tower in towers for p in tower.parameters())\n"
+            "assert not {'torch._dynamo', 'sympy'} & set(sys.modules)")
+    subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent.parent, check=True)
+
+
+# ---- folders ----
+
+def index(folder, *shards):
+    weight_map = {f"tensor{i}": shard for i, shard in enumerate(shards)}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
+@pytest.mark.parametrize("tensors, shape", [
+    ({"model.layers.1.mlp.up_proj.weight": None}, r"missing layers.1.mlp.up_proj.weight \(80, 48\)"),
+    ({"model.layers.1.extra": torch.zeros(2, 3)}, r"unexpected layers.1.extra \(2, 3\)"),
+    ({"model.norm.weight": torch.zeros(7)}, r"norm.weight is \(7,\), expected \(48,\)")],
+    ids=["missing", "unexpected", "wrong shape"])
+def test_loading_is_strict(llama_folder, tensors, shape):
+    path = llama_folder(tensors)
+    with pytest.raises(ValueError, match=shape) as error:
+        Llama.from_pretrained(path)
+    assert str(path) in str(error.value)
+
+
+def test_a_saved_rope_table_is_skipped(llama_folder):
+    Llama.from_pretrained(llama_folder({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(6)}))
+
+
+def test_weights_come_in_the_wanted_type(llama_folder):
+    assert {p.dtype for p in Llama.from_pretrained(llama_folder()).parameters()} == {torch.float32}
+    halved = Llama.from_pretrained(llama_folder(), dtype=torch.float16)
+    assert {p.dtype for p in halved.parameters()} == {torch.float16}
+
+
+@pytest.mark.parametrize("shard", ["../x.safetensors", "/x.safetensors", "sub/x.safetensors", ".."])
+def test_an_index_cannot_name_a_file_outside_its_folder(llama_folder, shard):
+    path = llama_folder()
+    save_file({"lm_head.weight": torch.zeros(1)}, path.parent / "x.safetensors")
+    index(path, shard)
+    with pytest.raises(ValueError, match="no file in its folder"):
+        Llama.from_pretrained(path)
+
+
+def test_every_missing_shard_is_named(llama_folder):
+    path = llama_folder()
+    index(path, "model.safetensors", "model-2.safetensors", "model-3.safetensors")
+    with pytest.raises(FileNotFoundError, match="model-2.safetensors, model-3.safetensors"):
+        Llama.from_pretrained(path)
+
+
+def test_an_index_without_a_table_is_refused(llama_folder):
+    path = llama_folder()
+    (path / "model.safetensors.index.json").write_text('{"weight_map": ["model.safetensors"]}')
+    with pytest.raises(ValueError, match="no weight_map"):
+        Llama.from_pretrained(path)
+
+
+def test_a_pickle_of_something_else_is_refused(tmp_path):
+    torch.save({"lm_head.weight": 3}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="holds no tensors"):
+        read_file(tmp_path / "pytorch_model.bin")
+
+
+@pytest.mark.parametrize("absent", ["config.json", "model.safetensors"])
+def test_absent_files_are_named(llama_folder, tmp_path, absent):
+    (llama_folder() / absent).unlink()
+    with pytest.raises(FileNotFoundError, match=absent):
+        Llama.from_pretrained(tmp_path)
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        Llama.from_pretrained(tmp_path / "nowhere")
+
+
+class Evil:
+    def __init__(self, marker):
+        self.marker = str(marker)
+
+    def __reduce__(self):
+        return os.mkdir, (self.marker,)
+
+
+def test_a_pickle_runs_no_code(llama_folder):
+    path = llama_folder()
+    marker = path / "ran"
+    (path / "model.safetensors").unlink()
+    torch.save({"lm_head.weight": Evil(marker)}, path / "pytorch_model.bin")
+    with pytest.raises(ValueError):
+        Llama.from_pretrained(path)
+    assert not marker.exists()
+    torch.load(path / "pytorch_model.bin", weights_only=False)         # the pickle is live: here it runs
+    assert marker.exists()
+
+
+# ---- where weights lie ----
+
+@pytest.fixture
+def nowhere(monkeypatch, tmp_path):
+    """A working folder without weights, and the snapshots of Hugging Face's cache there."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("weights.HERE", tmp_path / "code")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    return tmp_path / "hf/hub/models--Qwen--Qwen-VL/snapshots"
+
+
+def test_absent_weights_are_named_with_the_command_that_gets_them(nowhere, tmp_path):
+    with pytest.raises(FileNotFoundError) as error:
+        find_weights("Qwen/Qwen-VL")
+    for text in (tmp_path / "weights/Qwen-VL", nowhere, "hf download Qwen/Qwen-VL --local-dir weights/Qwen-VL"):
+        assert str(text) in str(error.value)
+    with pytest.raises(FileNotFoundError, match="python -m tiny.pretrain"):
+        find_weights("tiny/llama")
+
+
+def test_weights_beside_the_code_are_found_from_any_folder(nowhere, tmp_path):
+    (tmp_path / "code/weights/tiny/llama").mkdir(parents=True)
+    (tmp_path / "code/weights/tiny/llama/config.json").touch()
+    assert find_weights("tiny/llama") == tmp_path / "code/weights/tiny/llama"
+
+
+def test_the_newest_snapshot_is_found_and_a_local_folder_before_it(nowhere, tmp_path):
+    for name, time in (("new", 2e9), ("old", 1e9)):
+        (nowhere / name).mkdir(parents=True)
+        (nowhere / name / "config.json").touch()
+        os.utime(nowhere / name, (time, time))
+    assert find_weights("Qwen/Qwen-VL") == nowhere / "new"
+    (tmp_path / "weights/Qwen-VL").mkdir(parents=True)
+    (tmp_path / "weights/Qwen-VL" / "config.json").touch()
+    assert find_weights("Qwen/Qwen-VL").samefile(tmp_path / "weights/Qwen-VL")

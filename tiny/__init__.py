@@ -1,0 +1,1 @@
+"""The tiny world: drawn images, small towers and an exam, so that everything runs on a laptop."""
