@@ -564,7 +564,7 @@ def rank(folder: Path, step: str):
     batch = dict(ids=torch.randint(0, llama.vocab_size, (rows, length)), kind=kind, labels=labels,
                  lengths=[length] * rows, images=torch.randn(rows * n_images, 3, VIT.image_size, VIT.image_size))
     for _ in range(2):
-        train.train_step(engine, [batch])
+        train.train_step(engine, [batch], blank={})             # both ranks have one batch, with images
     predicted = zero.memory(options, llama, VIT, 2)
     if zero.dist.get_rank() == 0:
         print({name: round(value / 1e6) for name, value in predicted.items()})

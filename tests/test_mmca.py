@@ -260,8 +260,8 @@ def test_the_command_prints_three_panels_in_plain_digits_into_a_pipe_and_that_bo
     out = run()
     assert "\033" not in out
     blocks = out.split("\n\n")
-    found = {block.splitlines()[0]: [[int(digit) for digit in line.split()[-10:]] for line in block.splitlines()[1:]]
-             for block in blocks[:3]}
+    found = {title: [[int(digit) for digit in line.split()[-10:]] for line in lines]
+             for title, *lines in (block.splitlines() for block in blocks[:3])}
     assert found == PANELS
     assert float(out.splitlines()[-1].rstrip(".").split()[-1]) < 1e-5
 
