@@ -3,7 +3,7 @@
 ZeRO shares out among the ranks what each of them would otherwise hold as a copy: from stage 1 on the moments and
 float32 masters of what trains, from stage 2 on its gradients, in stage 3 all weights, too, so that a layer is
 gathered from all ranks just before it runs. Frozen weights have no gradients and no moments, so with ZeRO-3 70b
-takes little more than its own 141 GB, on all GPUs together. Side room of train.py.
+takes little more than its own 141 GB, the ViT included, on all GPUs together. Side room of train.py.
 """
 import os
 import socket
