@@ -236,7 +236,7 @@ def update_bar(bar: tqdm, rows: list[dict], options: Options):
 # ---- the whole ----
 
 def save_result(engine, options: Options, config: ModelConfig, rows: list[dict], is_best: bool):
-    """Write what was trained so far, the curve, and to best/ if it is that: the last one is often better (section 4.3)."""
+    """Write what was trained so far and the curve; to best/, too, if it is that (section 4.3 compares both)."""
     parts, out = trained(engine), Path(options.out)
     if dist.get_rank() == 0:
         for folder in [out, out / "best"] if is_best else [out]:
