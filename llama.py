@@ -76,7 +76,8 @@ def rope_table(position: Tensor, head_dim: int, theta: float) -> Tensor:
 
 def rotate(x: Tensor, rope: Tensor) -> Tensor:
     """RoPE for x (L, H, D) and rope (2, L, 1, D), in the split-half layout: channel i pairs with i + D/2."""
-    return (x * rope[0] + x.roll(x.shape[-1] // 2, dims=-1) * rope[1]).to(x.dtype)
+    first, second = x.chunk(2, dim=-1)
+    return (x * rope[0] + torch.cat((second, first), dim=-1) * rope[1]).to(x.dtype)
 
 
 class Cache:
@@ -207,12 +208,14 @@ class AnswerLoss(torch.autograd.Function):
         losses, right, gradients = [], [], []
         for rows, target in zip(hidden.split(LOSS_CHUNK), targets.split(LOSS_CHUNK)):
             logits = (rows @ weight.T).float()                                      # (LOSS_CHUNK, vocabulary)
-            losses.append(F.cross_entropy(logits, target, reduction="none"))
-            right.append(logits.max(dim=-1).indices == target)
+            (best, likeliest), chances, at = logits.max(dim=-1), logits.softmax(dim=-1), target[:, None]
+            # Cross-entropy is log Σ exp(logits) less the target's logit. The softmax, which the gradient needs, too,
+            # tells the sum: log Σ exp(logits) = best - log(chance of the best), which is at least 1 / vocabulary.
+            losses.append(best - chances.gather(1, likeliest[:, None])[:, 0].log() - logits.gather(1, at)[:, 0])
+            right.append(likeliest == target)
             if ctx.needs_input_grad[0]:     # The gradient of a logit is its chance, at the target its chance - 1.
-                gradient = logits.softmax(dim=-1)
-                gradient.scatter_add_(1, target[:, None], gradient.new_full((len(target), 1), -1))
-                gradients.append(gradient.to(weight.dtype) @ weight)
+                chances.scatter_add_(1, at, torch.full_like(at, -1, dtype=chances.dtype))
+                gradients.append(chances.to(weight.dtype) @ weight)
         ctx.save_for_backward(*gradients)
         right = torch.cat(right)
         ctx.mark_non_differentiable(right)
