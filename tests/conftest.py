@@ -163,7 +163,7 @@ def world(tmp_path_factory) -> Path:
     """A folder to train in: the shipped towers and a small world."""
     folder = tmp_path_factory.mktemp("world")
     (folder / "weights").symlink_to(ROOT / "weights")
-    write_world(folder / "data/tiny", 155, seed=1)
+    write_world(folder / "data/tiny", 110, seed=1)
     return folder
 
 

@@ -10,14 +10,14 @@ import time
 import pytest
 
 from checkpoint import Stop
-from training import ROOT, SCRIPT, at, begin, finish, losses, wait_for
+from training import ROOT, SCRIPT, at, begin, finish, wait_for
 
 
-def test_a_run_killed_five_times_ends_with_the_same_bits_as_one_that_was_not(world):
-    longer = ["--epochs", "2"]                                  # 26 steps, more than five kills need
-    finish(begin(world, "out/whole", *longer))
+def test_a_run_killed_three_times_ends_with_the_same_bits_as_one_that_was_not(world):
+    longer = ["--epochs", "2"]                                  # 18 steps, more than three kills need
+    whole = begin(world, "out/whole", *longer)
     chance, folder, while_saving = random.Random(0), world / "out/killed/checkpoints", 0
-    for delay in (0, chance.uniform(0, 0.1), 0, chance.uniform(0, 0.5), chance.uniform(0, 0.1)):
+    for delay in (0, chance.uniform(0, 0.1), chance.uniform(0, 0.5)):
         before = at(folder)[0]
         run = begin(world, "out/killed", *longer, *["--resume"] * bool(before))
         wait_for(run, lambda: at(folder)[0] > before)           # it got further than the one before
@@ -26,8 +26,9 @@ def test_a_run_killed_five_times_ends_with_the_same_bits_as_one_that_was_not(wor
         os.killpg(run.pid, signal.SIGKILL)
         run.wait()
         while_saving += bool(at(folder)[1])
-    assert while_saving >= 2
+    assert while_saving >= 1
     finish(begin(world, "out/killed", *longer, "--resume"))
+    finish(whole)
     for name in ("trained.safetensors", "best/trained.safetensors"):
         assert (world / "out/killed" / name).read_bytes() == (world / "out/whole" / name).read_bytes()
     assert not folder.exists()                                  # a finished run keeps no checkpoints
@@ -40,7 +41,7 @@ def test_a_run_killed_five_times_ends_with_the_same_bits_as_one_that_was_not(wor
 @pytest.mark.parametrize("before, after, number, zero", [(2, 1, signal.SIGTERM, 3), (1, 2, signal.SIGINT, 2)])
 def test_a_stopped_run_goes_on_with_another_number_of_ranks(world, before, after, number, zero):
     slower = ["--embedding-lr", "5e-5", "--zero", str(zero)]    # so that the two groups of parameters differ
-    reference = losses(world, f"out/unstopped-{before}", *slower)
+    whole = begin(world, f"out/unstopped-{before}", *slower)
     out = f"out/{before}-to-{after}"
     run = begin(world, out, *slower, ranks=before)
     wait_for(run, lambda: at(world / out / "checkpoints")[0] or at(world / out / "checkpoints")[1])
@@ -52,9 +53,10 @@ def test_a_stopped_run_goes_on_with_another_number_of_ranks(world, before, after
                            text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=120)
     assert again.returncode != 0 and f"stopped at step {stopped}: go on with --resume" in again.stderr
     finish(begin(world, out, *slower, "--resume", ranks=after))
-    with open(world / out / "log.csv") as file:
-        found = [float(row["loss"]) for row in csv.DictReader(file)]
-    assert len(found) == len(reference) >= stopped + 10
+    finish(whole)
+    found, reference = ([float(row["loss"]) for row in csv.DictReader(open(world / folder / "log.csv"))]
+                        for folder in (out, f"out/unstopped-{before}"))
+    assert len(found) == len(reference) >= stopped + 6
     assert found == pytest.approx(reference, abs=1e-3)
 
 
@@ -87,7 +89,7 @@ def test_a_stopped_run_is_no_success_and_one_without_a_checkpoint_begins_anew(wo
     (world / "out/new/log.csv").unlink()                        # the log is for people: a run goes on without it
     finish(begin(world, "out/new", "--resume"))
     rows = list(csv.DictReader(open(world / "out/new/log.csv")))
-    assert [int(row["step"]) for row in rows] == list(range(stopped + 1, 14))
+    assert [int(row["step"]) for row in rows] == list(range(stopped + 1, 10))
     assert [float(row["loss"]) for row in rows] == pytest.approx(reference[stopped:], abs=1e-6)
 
 

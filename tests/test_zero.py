@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,17 +15,17 @@ from mmca import IMAGE, TEXT, compact_attention, separate
 from recipe import Options, for_size
 from tiny.pretrain import VIT
 from tiny.world import TESTS
-from training import SCRIPT, launch, losses
+from training import SCRIPT, at_once, launch, losses
 from zero import (DTYPES, check_machine, check_options, get_accelerator, memory, per_rank, plan_text,
                   published_sizes, settings_for)
 
 
 def test_two_ranks_under_zero_3_have_the_losses_of_one_rank(world, reference):
     two = losses(world, "out/two", ranks=2)
-    assert len(two) == len(reference) == 13
+    assert len(two) == len(reference) == 9
     assert two == pytest.approx(reference, abs=1e-3)
     logs = [list(csv.DictReader(open(world / out / "log.csv")))[-1] for out in ("out/two", "out/reference")]
-    assert float(logs[0]["val_loss"]) == pytest.approx(float(logs[1]["val_loss"]), abs=1e-3)    # on all 15 of them
+    assert float(logs[0]["val_loss"]) == pytest.approx(float(logs[1]["val_loss"]), abs=1e-3)    # on all of them
 
 
 def test_two_ranks_that_share_out_every_parameter_agree_too(world, reference, tmp_path):
@@ -36,9 +37,10 @@ def test_two_ranks_that_share_out_every_parameter_agree_too(world, reference, tm
     assert found == pytest.approx(reference, abs=1e-3)
 
 
-@pytest.mark.parametrize("options", [["--zero", "0"], ["--zero", "2"], ["--zero", "1", "--positions", "400"]])
-def test_stage_and_accumulation_do_not_change_the_losses(world, reference, options):
-    assert losses(world, "out/other", *options) == pytest.approx(reference, abs=1e-3)
+def test_stage_and_accumulation_do_not_change_the_losses(world, reference):
+    others = [["--zero", "0"], ["--zero", "2"], ["--zero", "1", "--positions", "400"]]
+    for found in at_once(*(partial(losses, world, f"out/other{i}", *given) for i, given in enumerate(others))):
+        assert found == pytest.approx(reference, abs=1e-3)
 
 
 def test_offload_and_monitor_change_no_loss(world, reference):
