@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
+from types import NoneType
 from typing import BinaryIO
 
 from tqdm import tqdm
@@ -32,12 +33,13 @@ from weights import find_weights, printable, read_json, replacing
 
 MARK, SPARKLES_MARK = "<image>", "<Img><ImageHere></Img>"       # They stand for an image in a question.
 MOST_IMAGES = 8                 # of a conversation in MIMIC-IT or Sparkles; the paper leaves out those with more
+ABSENT = "an image is missing, or is a link that leads to nothing"
 
 
 # ---- what all readers share ----
 
 class LeftOut(Exception):
-    """The rules of its dataset leave a record out; the message says so and gives the reason."""
+    """The rules of its dataset leave a record out; the message is the reason."""
 
 
 @dataclass
@@ -47,7 +49,7 @@ class Reader:
     data: Path
     seed: int = 0
     skip_bad: bool = False      # A bad record is noted in `bad` and skipped; otherwise it raises ValueError.
-    left_out: Counter = field(default_factory=Counter)          # what the dataset's rules do: to how many records
+    left_out: Counter = field(default_factory=Counter)          # how many records, by the reason
     bad: list[str] = field(default_factory=list)                # what is wrong with each bad record
 
     def each(self, file: Path, records: Iterable[tuple[str, object]], parse: Callable) -> Iterator[Conversation]:
@@ -58,8 +60,8 @@ class Reader:
                 conversation = Conversation(name, parse(record))
             except LeftOut as reason:
                 self.left_out[str(reason)] += 1
-            except (ValueError, KeyError, TypeError, AttributeError, OSError, RuntimeError) as error:
-                message = f"{name}: {type(error).__name__}: {error}"
+            except ValueError as error:
+                message = printable(f"{name}: {error}")
                 if not self.skip_bad:
                     raise ValueError(f"{message}. Correct it, or leave it out with --skip-bad") from error
                 self.bad.append(message)
@@ -67,27 +69,77 @@ class Reader:
                 yield conversation
 
 
+JSON_TYPES = {dict: "an object", list: "a list", str: "a text", int: "a number", float: "a number",
+              bool: "true or false", NoneType: "null or absent"}
+MEDIUM = re.compile("(image|img|picture|photo|video|vid|clip|frame|audio|sound|speech|voice|music|point_?cloud|pdf|"
+                    "media)s?(_?(id|name|file|path|url)s?)?", re.IGNORECASE)
+
+
+def take(record: object, name: str, *expected: type):
+    """record[name], or None if that is expected and there is none; raises ValueError for any other type."""
+    if not isinstance(record, dict):
+        raise ValueError(f"found {JSON_TYPES[type(record)]}, expected an object with the field `{name}`")
+    if type(found := record.get(name)) not in expected:
+        raise ValueError(f"the field `{name}` is {JSON_TYPES[type(found)]}, expected "
+                         f"{' or '.join(JSON_TYPES[each] for each in expected)}")
+    return found
+
+
+def take_texts(record: dict, name: str) -> list[str]:
+    """record[name], a list of texts; raises ValueError for anything else."""
+    found = take(record, name, list)
+    if wrong := [each for each in found if not isinstance(each, str)]:
+        raise ValueError(f"the field `{name}` holds {JSON_TYPES[type(wrong[0])]}, expected texts only")
+    return found
+
+
+def refuse_media(record: dict, images: str = ""):
+    """Raises ValueError for a field with videos, sounds or images, but for `images` and what describes these."""
+    for name, found in record.items():
+        describes = record.get(images) and name.startswith(f"{images}_")        # such as image_id beside image
+        if found and MEDIUM.fullmatch(name) and name != images and not describes:
+            raise ValueError(f"the field `{name}` cannot be read: expected texts"
+                             + (f", and images in the field `{images}`" if images else " only"))
+
+
+def exchanges(record: dict, name: str, speaker: str, pair: list[str], images: str = "") -> list[tuple[dict, dict]]:
+    """The messages in record[name] as pairs of question and answer; `images` is the field of a question's images.
+
+    Raises ValueError unless the field `speaker` of the messages says the two names of `pair` in turn.
+    """
+    messages = take(record, name, list)
+    speakers = [take(message, speaker, str) for message in messages]
+    if not messages or speakers != pair * (len(messages) // 2):
+        raise ValueError(f"the field `{speaker}` must alternate {', '.join(pair)}; found "
+                         f"{', '.join(speakers) or 'none'}")
+    for message in messages:
+        refuse_media(message, images)
+    return list(zip(messages[::2], messages[1::2]))
+
+
 @cache
 def file_names(folder: Path) -> frozenset[str]:
-    """Names of the plain files in a folder, read once: a question to the disk for each record would take long."""
-    return frozenset(entry.name for entry in os.scandir(folder) if entry.is_file(follow_symlinks=False))
+    """Names of the files in a folder and of links to files, read once: to ask for each record would take long."""
+    return frozenset(entry.name for entry in os.scandir(folder) if entry.is_file(follow_symlinks=False)
+                     or entry.is_symlink() and os.path.isfile(entry.path))
 
 
 def inside(folder: Path, name: str) -> Path:
-    """The file folder/name; raises ValueError where the name leads out of the folder, or to nothing."""
+    """The file folder/name, which may be a link; raises ValueError for a name that leads out, or to nothing."""
     if name not in file_names(folder):
-        path = (folder / name).resolve()
-        if folder.resolve() not in path.parents:
-            raise ValueError(f"image {name!r} lies outside {folder}")
-        if not path.is_file():
-            raise ValueError(f"no image {name!r} in {folder}")
+        if Path(name).anchor or ".." in Path(name).parts:
+            raise ValueError(f"image {name!r} lies outside {folder}: a name must not begin with / or hold ..")
+        if not os.path.isfile(folder / name):
+            link = ", only a link that leads to nothing" if os.path.islink(folder / name) else ""
+            raise ValueError(f"no image {name!r} in {folder}{link}")
     return folder / name
 
 
 def tidy_round(images: Iterable[ImageFile], question: str, answer: str) -> Round:
     """A round without needless blanks; raises ValueError where a text is empty or no valid Unicode."""
     question, answer = " ".join(question.split()), answer.strip()
-    (question + answer).encode()                                # raises UnicodeEncodeError, which is a ValueError
+    if re.search("[\ud800-\udfff]", question + answer):
+        raise ValueError(f"a question or answer holds half a character: {question[:60]!r}, {answer[:60]!r}")
     if not question or not answer:
         raise ValueError(f"an empty question or answer: {question[:60]!r}, {answer[:60]!r}")
     return Round(tuple(images), question, answer)
@@ -103,26 +155,26 @@ def show_first(images: Iterable[ImageFile], rounds: Iterable[Round]) -> list[Rou
 def llava_rounds(record: dict, images: Path) -> list[Round]:
     """A LLaVA record as rounds. Each <image> mark shows the record's next image; a question loses its marks.
 
-    `image` is one name or, as many projects extend the format, a list of names. Raises what `each` catches.
+    `image` is one name or, as many projects extend the format, a list of names, or null. Raises ValueError.
     """
-    names, messages = record.get("image", []), record["conversations"]
-    names = [names] if isinstance(names, str) else list(names)
-    speakers = [message["from"] for message in messages]
-    if not messages or speakers != ["human", "gpt"] * (len(messages) // 2):
-        raise ValueError(f"speakers must alternate human, gpt; found {', '.join(speakers) or 'none'}")
-    marks = [human["value"].count(MARK) for human in messages[::2]]
+    messages = exchanges(record, "conversations", "from", ["human", "gpt"])
+    refuse_media(record, "image")
+    name = take(record, "image", str, list, NoneType)
+    names = take_texts(record, "image") if isinstance(name, list) else [] if name is None else [name]
+    texts = [(take(human, "value", str), take(gpt, "value", str)) for human, gpt in messages]
+    marks = [question.count(MARK) for question, _ in texts]
     if sum(marks) != len(names):
         raise ValueError(f"{len(names)} images, but {sum(marks)} {MARK} marks")
     files = iter([inside(images, name) for name in names])
-    return [tidy_round((next(files) for _ in range(n)), human["value"].replace(MARK, " "), gpt["value"])
-            for n, human, gpt in zip(marks, messages[::2], messages[1::2])]
+    return [tidy_round((next(files) for _ in range(n)), question.replace(MARK, " "), answer)
+            for n, (question, answer) in zip(marks, texts)]
 
 
 def llava(reader: Reader, files: list[Path], images: Path) -> Iterator[Conversation]:
     """A conversation for each record of LLaVA's files."""
     for file in files:
-        records = ((record.get("id", i) if isinstance(record, dict) else i, record)
-                   for i, record in enumerate(read_json(file, list)))
+        records = ((f"{record['id']} (index {i})" if isinstance(record, dict) and "id" in record else i, record)
+                   for i, record in enumerate(read_json(file, list)))      # an id can recur
         yield from reader.each(file, records, lambda record: llava_rounds(record, images))
 
 
@@ -232,8 +284,26 @@ def encoded_images(file: Path) -> dict[str, EncodedImage]:
 
 # ---- MIMIC-IT, and its blend with LLaVA ----
 
+def related(single: dict[str, Conversation], records: dict[str, dict]) -> Iterable[list[Conversation]]:
+    """Groups of instructions about the same images, in the file's order.
+
+    Two are in the same group where either names the other in `rel_ins_ids`, or where a third one links them.
+    """
+    group = {key: {key} for key in single}
+    for key, conversation in single.items():
+        for other in records[key]["rel_ins_ids"]:
+            if other in group and single[other].rounds[0].images == conversation.rounds[0].images:
+                small, large = sorted((group[key], group[other]), key=len)
+                large |= small
+                group |= dict.fromkeys(small, large)
+    found = {}
+    for key, conversation in single.items():
+        found.setdefault(id(group[key]), []).append(conversation)
+    return found.values()
+
+
 def mimicit(reader: Reader, instructions: Path, source: Path) -> Iterator[Conversation]:
-    """Conversations of a part of MIMIC-IT: an instruction, and those related to it, about the same images.
+    """Conversations of a part of MIMIC-IT: related instructions about the same images.
 
     source: COCO's folder for the part CGD, for the other parts a JSON file of base64 texts.
     """
@@ -244,27 +314,23 @@ def mimicit(reader: Reader, instructions: Path, source: Path) -> Iterator[Conver
               if source.is_dir() else encoded_images(source))
 
     def parse(record: dict) -> list[Round]:
-        """An instruction as one round; raises what `each` catches."""
-        found = [images[name] for name in record["image_ids"] if name in images]
-        if not found:
-            raise LeftOut("left out: none of its images is there")
-        if len(found) > MOST_IMAGES:
-            raise LeftOut(f"left out: more than {MOST_IMAGES} images")
-        if len(found) < len(record["image_ids"]):
-            reader.left_out["kept without an image that is not there"] += 1
-        if not all(isinstance(other, str) for other in record["rel_ins_ids"]):
-            raise ValueError("rel_ins_ids is no list of names")
-        return [tidy_round(found, record["instruction"].replace(MARK, " "), record["answer"])]
+        """An instruction as one round; raises ValueError, and LeftOut where not all of its images are there."""
+        texts, names = [take(record, name, str) for name in ("instruction", "answer")], take_texts(record, "image_ids")
+        take_texts(record, "rel_ins_ids")
+        refuse_media(record, "image_ids")
+        if not names:
+            raise LeftOut("no image is named")
+        if not all(name in images for name in names):
+            raise LeftOut(ABSENT)
+        if len(names) > MOST_IMAGES:
+            raise LeftOut(f"more than {MOST_IMAGES} images")
+        return [tidy_round([images[name] for name in names], texts[0].replace(MARK, " "), texts[1])]
 
     single = {key: conversation for key, record in records.items()
               for conversation in reader.each(instructions, [(key, record)], parse)}
-    unused = dict(single)                                       # instructions that no conversation has yet
-    for key, conversation in single.items():
-        if unused.pop(key, None):
-            first = conversation.rounds[0]
-            related = [unused.pop(other).rounds[0] for other in records[key]["rel_ins_ids"]
-                       if other in unused and unused[other].rounds[0].images == first.images]
-            yield Conversation(conversation.name, show_first(first.images, [first, *related]))
+    for first, *others in related(single, records):
+        rounds = [conversation.rounds[0] for conversation in (first, *others)]
+        yield Conversation(first.name, show_first(rounds[0].images, rounds))
 
 
 def blend(reader: Reader, instructions: Path, images: Path, *files: Path) -> Iterator[Conversation]:
@@ -281,7 +347,7 @@ def blend(reader: Reader, instructions: Path, images: Path, *files: Path) -> Ite
     for conversation in mimicit(reader, instructions, images):
         wanted = conversation.rounds[0].images
         if not all(image in about for image in wanted[:-1]):
-            reader.left_out["left out: an image that LLaVA does not talk about"] += 1
+            reader.left_out["an image that LLaVA does not talk about"] += 1
             continue
         rounds, not_shown = [], []
         for number, image in enumerate(wanted, 1):
@@ -302,32 +368,39 @@ TAGS = [[f"image {n}" for n in range(1, 9)],
         [f"the {n} image" for n in "first second third fourth fifth sixth seventh eighth".split()]]
 
 
+LITERAL_BREAK = re.compile(r"(?<!\\)(\\r)?\\n")      # Sparkles' generator wrote some line breaks as backslash and n
+
+
 def sparkles_rounds(record: dict, images: Path, tags: list[str]) -> list[Round]:
-    """A SparklesDialogue record as rounds that call the images by `tags`; raises what `each` catches."""
-    messages = record["dialogue"]
-    roles = [message["role"] for message in messages]
-    if not roles or roles != ["user", "assistant"] * (len(roles) // 2):
-        raise ValueError(f"roles must alternate user, assistant; found {', '.join(roles) or 'none'}")
-    ids = [str(image["image_id"]) for user in messages[::2] for image in user.get("images", [])]
-    if len(ids) > MOST_IMAGES:
-        raise LeftOut(f"left out: more than {MOST_IMAGES} images")
-    if any(f"{id}.jpg" not in file_names(images) for id in ids):
-        raise LeftOut("left out: an image is missing")
-    tag_of = dict(zip(ids, tags))
+    """A SparklesDialogue record as rounds that call the images by `tags`; raises ValueError and LeftOut.
+
+    An image that is shown again keeps the name of its first showing, as in the release.
+    """
+    messages = exchanges(record, "dialogue", "role", ["user", "assistant"], "images")
+    refuse_media(record)
+    shown = [[str(take(image, "image_id", int, str)) for image in take(user, "images", list, NoneType) or []]
+             for user, _ in messages]
+    if len(sum(shown, [])) > MOST_IMAGES:
+        raise LeftOut(f"more than {MOST_IMAGES} images")
+    if not file_names(images).issuperset(f"{id}.jpg" for id in sum(shown, [])):
+        raise LeftOut(ABSENT)
+    tag_of, unused = {}, iter(tags)
 
     def tag(found: re.Match) -> str:
         """The name of an image, with a capital where a sentence begins."""
         if found[1] not in tag_of:
-            raise LeftOut("left out: the text names an image that is not shown")
+            raise LeftOut("the text names an image that is not shown before it")
         name, before = tag_of[found[1]], found.string[:found.start()].rstrip()
         return name if before and before[-1] not in ".?!" else name[0].upper() + name[1:]
 
     rounds = []
-    for user, assistant in zip(messages[::2], messages[1::2]):
-        question, answer = (re.sub(r"IMAGE#(\d+)", tag, message["content"].replace(SPARKLES_MARK, ""))
-                            for message in (user, assistant))
-        files = (images / f"{image['image_id']}.jpg" for image in user.get("images", []))
-        rounds.append(tidy_round(files, question, answer))
+    for ids, pair in zip(shown, messages):
+        for id, name in zip(ids, unused):
+            tag_of.setdefault(id, name)
+        texts = (LITERAL_BREAK.sub("\n", take(message, "content", str).replace(SPARKLES_MARK, ""))
+                 for message in pair)
+        rounds.append(tidy_round((images / f"{id}.jpg" for id in ids),
+                                 *(re.sub(r"IMAGE#(\d+)", tag, text) for text in texts)))
     return rounds
 
 
@@ -401,7 +474,7 @@ def read_datasets(data: Path, names: Iterable[str], seed: int = 0, skip_bad: boo
         reader = Reader(name, data, seed, skip_bad)
         conversations += SOURCES[name].read(reader)
         for reason, count in reader.left_out.items():
-            tell(f"{name}: {count} records {reason}")
+            tell(f"{name}: {count} records left out: {reason}")
         if reader.bad:
             tell(f"{name}: {len(reader.bad)} bad records skipped, the first is {reader.bad[0]}")
     return conversations
@@ -434,12 +507,11 @@ def check_dataset(reader: Reader, tokenizer: Tokenizer, n_tokens: int, n_example
         except (ValueError, OSError) as error:
             reader.bad.append(f"{conversation.name}: {error}")
     for problem in (*(f"bad record: {problem}" for problem in reader.bad),
-                    *(f"{count} records {reason}" for reason, count in reader.left_out.items())):
+                    *(f"{count} records left out: {reason}" for reason, count in reader.left_out.items())):
         print(printable(f"{name}: {problem}"))
-    n_left_out = sum(n for reason, n in reader.left_out.items() if reason.startswith("left out"))
     each = f"{sum(n_images) / max(len(n_images), 1):.1f}, at most {max(n_images, default=0)}"
-    return [name, in_paper, len(conversations), n_left_out, len(reader.bad), each, max(lengths, default=0),
-            sum(length > MAX_POSITIONS for length in lengths)]
+    return [name, in_paper, len(conversations), reader.left_out.total(), len(reader.bad), each,
+            max(lengths, default=0), sum(length > MAX_POSITIONS for length in lengths)]
 
 
 def main():

@@ -12,8 +12,8 @@ from hypothesis import given, settings, strategies as st
 from PIL import Image
 
 import sources
-from data import Round
-from sources import MIXTURES, SOURCES, TAGS, dataset_names, encoded_images, read_datasets, scan
+from data import Conversation, Round
+from sources import (MIXTURES, SOURCES, TAGS, dataset_names, encoded_images, read_datasets, related, scan)
 from vit import load_pixels, read_image
 
 # ---- published records ----
@@ -64,8 +64,42 @@ def test_llava_records_become_rounds_in_order(folder):
     for text in ("<image>\nWhat is\nthis?", "What is this?\n<image>"):
         folder(**{"llava/detail_23k.json": [record(text, " A cat.\n", "Sure?", "Yes.")]})
         assert rounds_of(data, "llava") == [[Round((a,), "What is this?", "A cat."), Round((), "Sure?", "Yes.")]]
-    folder(**{"llava/detail_23k.json": [record("No image?", "None.", image=[])]})
+
+
+@pytest.mark.parametrize("extra", [{"image": []}, {"image": None}, {"image": None, "video": None, "images": []}])
+def test_a_llava_record_without_an_image_is_text_only(folder, extra):
+    data = folder(**LLAVA | {"llava/detail_23k.json": [record("No image?", "None.", **extra)]})
     assert rounds_of(data, "llava") == [[Round((), "No image?", "None.")]]
+    absent = record("No image?", "None.")
+    del absent["image"]
+    folder(**{"llava/detail_23k.json": [absent]})
+    assert rounds_of(data, "llava") == [[Round((), "No image?", "None.")]]
+
+
+def test_links_to_files_and_folders_are_followed_and_a_link_to_nothing_is_an_absent_image(folder):
+    one, two, three = (f"CGD_IMG_00000000000{n}" for n in (1, 2, 3))
+    data = folder(**LLAVA | {
+        "MIMIC-IT/CGD_instructions.json": {"data": {"A": instruction("A", [one, two]),
+                                                    "B": instruction("B", [one, three])}},
+        "SparklesDialogueCC/annotations/SparklesDialogueCC.json": [
+            sparkle(("Q?", [1], "A.")), sparkle(("Q?", [3], "A."))],
+        "SparklesDialogueVG/annotations/SparklesDialogueVG.json": [], "SparklesDialogueVG/images/.keep": "",
+        "SparklesDialogueCC/keep": "", "llava/detail_23k.json": [
+            record("<image> Q?", "A.", image="000000000001.jpg"), record("<image> R?", "A.", image="sub/1.jpg"),
+            record("<image> S?", "A.", image="000000000003.jpg")]} | images_in("elsewhere", "1.jpg", "2.jpg"))
+    for n in (1, 2, 3):                                         # the third leads to nothing, the fourth to itself
+        (data / f"coco/train2017/00000000000{n}.jpg").symlink_to(data / f"elsewhere/{n}.jpg")
+    (data / "coco/train2017/000000000004.jpg").symlink_to("000000000004.jpg")
+    (data / "elsewhere/3.jpg").symlink_to(data / "gone.jpg")
+    (data / "coco/train2017/sub").symlink_to(data / "elsewhere")
+    (data / "SparklesDialogueCC/images").symlink_to(data / "elsewhere")
+    notes = []
+    found = rounds_of(data, "llava", "otter_mimicit_cgd", "sparkles_dialogue", skip_bad=True, tell=notes.append)
+    assert sorted(round_.question for rounds in found for round_ in rounds) == ["A", "Q?", "Q?", "R?"]
+    assert all(read_image(image) for rounds in found for round_ in rounds for image in round_.images)
+    absent = "1 records left out: an image is missing, or is a link that leads to nothing"
+    assert notes[1:] == [f"otter_mimicit_cgd: {absent}", f"sparkles_dialogue: {absent}"]
+    assert "no image '000000000003.jpg'" in notes[0] and notes[0].endswith("only a link that leads to nothing")
 
 
 @pytest.mark.parametrize("name, file, most", [("llava", "llava/complex_reasoning_77k.json", 3),
@@ -98,18 +132,38 @@ def test_cgd_instructions_about_the_same_images_are_one_conversation(folder):
         "MIMIC-IT/CGD_instructions.json": {"meta": {}, "data": {
             "CGD_INS_0": instruction("A", [two, one], ["CGD_INS_2", "CGD_INS_2", "CGD_INS_1", "CGD_INS_9"]),
             "CGD_INS_1": instruction("B", [one, two], ["CGD_INS_0"]),           # another order: not the same
-            "CGD_INS_2": instruction("C", [two, one], ["CGD_INS_0"]),
-            "CGD_INS_3": instruction("D", [one, "CGD_IMG_000000000003"]),       # one image is absent
-            "CGD_INS_4": instruction("E", ["CGD_IMG_000000000003"]),
-            "CGD_INS_5": instruction("F", [one] * 9)}}})
+            "CGD_INS_2": instruction("C", [two, one], ["CGD_INS_0"])}}})
     first, second = (data / f"coco/train2017/00000000000{n}.jpg" for n in (1, 2))
+    assert rounds_of(data, "otter_mimicit_cgd", tell=pytest.fail) == [
+        [Round((second, first), "A", "A yes"), Round((), "C", "C yes")], [Round((first, second), "B", "B yes")]]
+
+
+@settings(deadline=None, max_examples=50)
+@given(links=st.lists(st.tuples(st.integers(0, 7), st.integers(0, 7)), max_size=10))
+def test_related_instructions_are_together_once_in_file_order_whichever_way_the_relation_points(links):
+    names = [f"INS_{i}" for i in range(8)]
+    records = {name: {"rel_ins_ids": [names[b] for a, b in links if names[a] == name]} for name in names}
+    single = {name: Conversation(name, [Round((Path(f"{i % 2}.jpg"),), "Q?", "A.")]) for i, name in enumerate(names)}
+    smallest = list(range(8))                                   # the first instruction that each is linked with
+    for a, b in 8 * links:
+        if a % 2 == b % 2:                                      # about the same images
+            smallest[a] = smallest[b] = min(smallest[a], smallest[b])
+    found = [[conversation.name for conversation in group] for group in related(single, records)]
+    groups = [[name for name, first in zip(names, smallest) if first == i] for i in range(8)]
+    assert found == [group for group in groups if group]
+
+
+def test_an_instruction_without_all_of_its_images_is_left_out_and_counted_with_the_reason(folder):
+    one, absent = "CGD_IMG_000000000001", "CGD_IMG_000000000003"
+    data = folder(**images_in("coco/train2017", "000000000001.jpg"), **{
+        "MIMIC-IT/CGD_instructions.json": {"data": {
+            "A": instruction("A", [one, absent]), "B": instruction("B", [absent]), "C": instruction("C", [one] * 9),
+            "D": instruction("D", []), "E": instruction("E", [one], ["A"])}}})
     notes = []
-    assert rounds_of(data, "otter_mimicit_cgd", tell=notes.append) == [
-        [Round((second, first), "A", "A yes"), Round((), "C", "C yes")],
-        [Round((first, second), "B", "B yes")], [Round((first,), "D", "D yes")]]
-    assert notes == ["otter_mimicit_cgd: 1 records kept without an image that is not there",
-                    "otter_mimicit_cgd: 1 records left out: none of its images is there",
-                    "otter_mimicit_cgd: 1 records left out: more than 8 images"]
+    (only,), = rounds_of(data, "otter_mimicit_cgd", tell=notes.append)
+    assert only.question == "E" and notes == [f"otter_mimicit_cgd: {reason}" for reason in (
+        "2 records left out: an image is missing, or is a link that leads to nothing",
+        "1 records left out: more than 8 images", "1 records left out: no image is named")]
 
 
 def test_images_of_cgd_do_not_depend_on_the_order_of_a_set(folder):
@@ -279,60 +333,124 @@ def test_sparkles_tags_are_whole_ids_in_one_style_per_conversation(folder):
     assert found == rounds_of(data, "sparkles_dialogue")
 
 
+@pytest.mark.parametrize("written, read", [
+    ("IMAGE#14 is a lake.\\n\\nIMAGE#14 is calm.\\n", "Image is a lake.\n\nImage is calm."),
+    ("One.\\r\\nTwo\\nthree", "One.\nTwo\nthree"), ("\\\\n and \\t and \\\\", "\\\\n and \\t and \\\\"),
+    ("a\nb", "a\nb")])
+def test_a_backslash_and_n_in_sparkles_is_a_line_break_and_other_backslashes_stay(folder, monkeypatch, written, read):
+    monkeypatch.setattr(sources, "TAGS", [["image"]])
+    data = write_sparkles(folder, [sparkle(("What is\\nin\\n\\nIMAGE#14?", [14], written))])
+    (only,), = rounds_of(data, "sparkles_dialogue", tell=pytest.fail)
+    assert (only.question, only.answer) == ("What is in image?", read)
+
+
+def test_an_image_that_sparkles_shows_twice_keeps_its_first_name_and_both_showings_count(folder, monkeypatch):
+    monkeypatch.setattr(sources, "TAGS", TAGS[:1])
+    data = write_sparkles(folder, [sparkle(("See IMAGE#14 and IMAGE#804.", [14, 804], "IMAGE#14 and IMAGE#804."),
+                                           ("See IMAGE#14 and IMAGE#1417.", [14, 1417], "IMAGE#14, IMAGE#1417."))])
+    a, b, c = (data / f"SparklesDialogueCC/images/{name}.jpg" for name in (14, 804, 1417))
+    assert rounds_of(data, "sparkles_dialogue", tell=pytest.fail) == [[
+        Round((a, b), "See image 1 and image 2.", "Image 1 and image 2."),
+        Round((a, c), "See image 1 and image 4.", "Image 1, image 4.")]]
+
+
 def test_sparkles_leaves_out_what_does_not_qualify_and_counts_it(folder):
     good = sparkle(("IMAGE#14?", [14], "Yes."))
     data = write_sparkles(folder, [good, sparkle(("IMAGE#15?", [15], "Yes.")), sparkle(("Q?", [14] * 9, "Yes.")),
-                             sparkle(("IMAGE#14?", [14], "IMAGE#1 is."))])
+                             sparkle(("IMAGE#14?", [14], "IMAGE#1 is.")),
+                             sparkle(("IMAGE#14?", [14], "IMAGE#804 is."), ("IMAGE#804?", [804], "Yes."))])
     notes = []
     assert len(rounds_of(data, "sparkles_dialogue", tell=notes.append)) == 1
-    assert sorted(notes) == [f"sparkles_dialogue: 1 records left out: {reason}" for reason in (
-        "an image is missing", "more than 8 images", "the text names an image that is not shown")]
+    assert sorted(notes) == [f"sparkles_dialogue: {reason}" for reason in (
+        "1 records left out: an image is missing, or is a link that leads to nothing",
+        "1 records left out: more than 8 images",
+        "2 records left out: the text names an image that is not shown before it")]
 
 
 # ---- bad input ----
 
+def with_field(found, name, value):
+    return {**found, name: value}
+
+
+GOOD = record("<image> Q?", "A.")
 BAD_LLAVA = [
-    (record("<image> Q?", "A.") | {"conversations": []}, "alternate human, gpt; found none"),
+    (with_field(GOOD, "conversations", []), "`from` must alternate human, gpt; found none"),
     (record("<image> Q?", "A.", "Q?"), "alternate human, gpt; found human, gpt, human"),
-    (record("<image> Q?", "A.") | {"conversations": [{"from": "gpt", "value": "A."}] * 2}, "found gpt, gpt"),
-    (record("<image> Q?", "A.") | {"conversations": [{"value": "Q?"}]}, "from"),
-    (record("<image> Q?", "A.") | {"conversations": None}, "NoneType"),
-    ({"id": "007", "image": "a.jpg"}, "conversations"),
+    (with_field(GOOD, "conversations", [{"from": "gpt", "value": "A."}] * 2), "found gpt, gpt"),
+    (with_field(GOOD, "conversations", [{"from": "\ud800", "value": "A."}] * 2), "found .ud800, .ud800"),
+    (with_field(GOOD, "conversations", [{"value": "Q?"}]), "`from` is null or absent, expected a text"),
+    (with_field(GOOD, "conversations", None), "`conversations` is null or absent, expected a list"),
+    (with_field(GOOD, "conversations", "Q?"), "`conversations` is a text, expected a list"),
+    (with_field(GOOD, "conversations", ["Q?"]), "found a text, expected an object with the field `from`"),
+    ({"id": "007", "image": "a.jpg"}, "`conversations` is null or absent"),
     (record("<image> Q?", " \n"), "empty question or answer"),
     (record("<image>\n", "A."), "empty question or answer"),
-    (record("<image> Q?", None), "NoneType"),
+    (record("<image> Q?", None), "`value` is null or absent, expected a text"),
+    (record(7, "A."), "`value` is a number, expected a text"),
     (record("<image> Q?", "A.", "<image> Q?", "A."), "1 images, but 2 <image> marks"),
     (record("Q?", "A."), "1 images, but 0 <image> marks"),
     (record("<image> Q?", "A.", image=[]), "0 images, but 1 <image> marks"),
-    (record("<image> Q?", "A.", image=None), "NoneType"),
+    (record("<image> Q?", "A.", image=None), "0 images, but 1 <image> marks"),
+    (record("<image> Q?", "A.", image=7), "`image` is a number, expected a text or a list or null"),
+    (record("<image> Q?", "A.", image={"path": "a.jpg"}), "`image` is an object, expected a text"),
+    (record("<image> Q?", "A.", image=["a.jpg", None]), "`image` holds null or absent, expected texts only"),
+    (record("<image> Q?", "A.", image=True), "`image` is true or false, expected a text"),
+    (record("Q?", "A.", image=None, images=["a.jpg"]), "`images` cannot be read: .*images in the field `image`"),
+    (record("<video> Q?", "A.", image=None, video="a.mp4"), "`video` cannot be read"),
+    (record("<image> Q?", "A.", video=["a.mp4"]), "`video` cannot be read"),
+    (record("Q?", "A.", image=None, audios=["a.wav"]), "`audios` cannot be read"),
+    (record("Q?", "A.", image=None, Speech="a.wav"), "`Speech` cannot be read"),
+    (record("Q?", "A.", image=None, image_path="a.jpg"), "`image_path` cannot be read"),
+    (record("Q?", "A.", image=None, point_cloud="a.npy"), "`point_cloud` cannot be read"),
+    (with_field(GOOD, "conversations", [{"from": "human", "value": "<image> Q?", "video": "a.mp4"},
+                                        {"from": "gpt", "value": "A."}]), "`video` cannot be read: .* texts only"),
     (record("<image> Q?", "A.", image="z.jpg"), "no image 'z.jpg'"),
     (record("<image> Q?", "A.", image="../../x.jpg"), "'../../x.jpg' lies outside"),
+    (record("<image> Q?", "A.", image="../train2017/a.jpg"), "'../train2017/a.jpg' lies outside"),
+    (record("<image> Q?", "A.", image="link/../a.jpg"), "lies outside .*must not begin with / or hold .."),
     (record("<image> Q?", "A.", image=["/x.jpg"]), "'/x.jpg' lies outside"),
-    (record("<image> Q?", "A.", image=""), "'' lies outside"),
-    (record("<image> Q?", "A.", image="link.jpg"), "'link.jpg' lies outside"),
-    (record("<image> Q?", "A.", image="x" * 300 + ".jpg"), "OSError"),
-    (record("<image> Q?", "A.", image="loop.jpg"), "loop.jpg"),
-    (record("<image> Q\ud800?", "A."), "UnicodeEncodeError")]
+    (record("<image> Q?", "A.", image=""), "no image ''"),
+    (record("<image> Q?", "A.", image="x" * 300 + ".jpg"), "no image 'xxx"),
+    (record("<image> Q?", "A.", image="a\0.jpg"), "no image 'a.x00.jpg'"),
+    (record("<image> Q?", "A.", image="loop.jpg"), "no image 'loop.jpg' .*only a link that leads to nothing"),
+    (record("<image> Q\ud800?", "A."), "holds half a character: 'Q.ud800")]
 
 
 @pytest.mark.parametrize("bad, message", BAD_LLAVA, ids=lambda x: x if isinstance(x, str) else "")
 def test_a_bad_llava_record_is_named_or_skipped_and_counted(folder, bad, message):
     data = folder(**LLAVA | {"x.jpg": IMAGE_BYTES.getvalue(),
                              "llava/detail_23k.json": [record("<image> Q?", "A.", id="001"), bad]})
-    (data / "coco/train2017/link.jpg").symlink_to(data / "x.jpg")
     (data / "coco/train2017/loop.jpg").symlink_to("loop.jpg")
     with pytest.raises(ValueError, match=message) as error:
         read_datasets(data, ["llava"])
-    assert str(data / "llava/detail_23k.json") in str(error.value) and "record 007" in str(error.value)
-    assert "--skip-bad" in str(error.value)
+    assert str(data / "llava/detail_23k.json") in str(error.value) and "record 007 (index 1)" in str(error.value)
+    assert "--skip-bad" in str(error.value) and "Error" not in str(error.value)
     notes = []
     assert len(read_datasets(data, ["llava"], skip_bad=True, tell=notes.append)) == 1
     assert len(notes) == 1 and notes[0].startswith("llava: 1 bad records skipped") and "record 007" in notes[0]
+    assert notes[0].isprintable()
+
+
+def test_what_describes_the_image_of_a_llava_record_is_no_other_medium(folder):
+    good = record("<image> Q?", "A.", image_id=7, image_url="x", video=None, width=640, source="coco", photographer="b",
+                  clip_score=0.5)
+    assert len(rounds_of(folder(**LLAVA | {"llava/detail_23k.json": [good]}), "llava")) == 1
 
 
 @pytest.mark.parametrize("bad, message", [
     (sparkle(("Q?", [], "A.")) | {"dialogue": [{"role": "user", "content": "Q?"}]}, "found user"),
-    ({"dialogue": []}, "found none"), ({}, "dialogue"), ("x", "TypeError"),
+    ({"dialogue": []}, "found none"), ({}, "`dialogue` is null or absent, expected a list"),
+    ("x", "found a text, expected an object with the field `dialogue`"),
+    (sparkle(("Q?", [14], None)), "`content` is null or absent, expected a text"),
+    (sparkle(("Q?", [None], "A.")), "`image_id` is null or absent, expected a number or a text"),
+    (with_field(sparkle(("Q?", [14], "A.")), "video", "a.mp4"), "`video` cannot be read: expected texts only"),
+    ({"dialogue": [{"role": "user", "content": "Q?", "audio": "a.wav"}, {"role": "assistant", "content": "A."}]},
+     "`audio` cannot be read: expected texts, and images in the field `images`"),
+    ({"dialogue": [{"role": "user", "content": "Q?", "images": 7}, {"role": "assistant", "content": "A."}]},
+     "`images` is a number, expected a list or null"),
+    ({"dialogue": [{"role": "user", "content": "Q?", "images": [7]}, {"role": "assistant", "content": "A."}]},
+     "found a number, expected an object with the field `image_id`"),
     (sparkle(("Q?", [14], " ")), "empty question or answer"),
     ({"dialogue": [{"role": "user", "content": "Q?", "images": [{}]}, {"role": "assistant", "content": "A."}]},
      "image_id")])
@@ -349,19 +467,18 @@ def test_a_sparkles_id_cannot_lead_out_of_the_folder(folder):
 
 
 @pytest.mark.parametrize("bad, message", [
-    ({"instruction": "Q?", "image_ids": ["CGD_IMG_a"], "rel_ins_ids": []}, "answer"), ("x", "TypeError"),
-    (instruction(" ", ["CGD_IMG_a"]), "empty question"), (instruction("Q?", None), "NoneType"),
-    (instruction("Q?", [3]), "none of its images")])
+    ({"instruction": "Q?", "image_ids": ["CGD_IMG_a"], "rel_ins_ids": []}, "`answer` is null or absent"),
+    ("x", "found a text, expected an object with the field `instruction`"),
+    (instruction(" ", ["CGD_IMG_a"]), "empty question"),
+    (instruction("Q?", None), "`image_ids` is null or absent, expected a list"),
+    (instruction("Q?", [3]), "`image_ids` holds a number, expected texts only"),
+    (with_field(instruction("Q?", ["CGD_IMG_a"]), "rel_ins_ids", "x"), "`rel_ins_ids` is a text, expected a list"),
+    (with_field(instruction("Q?", ["CGD_IMG_a"]), "video_ids", ["x"]), "`video_ids` cannot be read")])
 def test_a_bad_instruction_is_named(folder, bad, message):
     data = folder(**LLAVA, **{"MIMIC-IT/CGD_instructions.json": {"data": {"good": instruction("Q?", ["CGD_IMG_a"]),
                                                                           "bad": bad}}})
-    notes = []
-    try:
-        read_datasets(data, ["otter_mimicit_cgd"], tell=notes.append)
-    except ValueError as error:
-        notes.append(str(error))
-        assert "CGD_instructions.json, record bad" in notes[0]
-    assert len(notes) == 1 and message in notes[0]
+    with pytest.raises(ValueError, match=f"CGD_instructions.json, record bad: .*{message}"):
+        read_datasets(data, ["otter_mimicit_cgd"])
 
 
 def test_a_record_without_an_id_is_named_by_its_number(folder):
@@ -417,9 +534,9 @@ def test_the_check_of_a_folder_prints_examples_problems_and_nine_rows(folder, co
         sources.main()
     printed = capsys.readouterr().out
     assert f":<{data}/coco/train2017/a.jpg>### Question: What is it?\n### Answer:[[A cat.</s>]]" in printed
-    assert "b.jpg is no readable image" in printed and "record 2: ValueError: no image 'z.jpg'" in printed
+    assert "b.jpg is no readable image" in printed and "record 2 (index 2): no image 'z.jpg'" in printed
     assert "no MIMIC-IT/SD_instructions.json, MIMIC-IT/SD.json in" in printed
-    header, *lines = printed.splitlines()[-12:-2]
+    header, *lines = printed[printed.index("dataset  paper"):].splitlines()[:10]
     table = [[cell.strip() for cell in line.split("  ") if cell.strip()] for line in lines]
     assert header.split()[:3] == ["dataset", "paper", "samples"] and [line[0] for line in table] == NAMES
     assert table[3][1:] == ["8006", *["missing"] * 6]
