@@ -71,8 +71,8 @@ class Reader:
 
 JSON_TYPES = {dict: "an object", list: "a list", str: "a text", int: "a number", float: "a number",
               bool: "true or false", NoneType: "null or absent"}
-MEDIUM = re.compile("(image|img|picture|photo|video|vid|clip|frame|audio|sound|speech|voice|music|point_?cloud|pdf|"
-                    "media)s?(_?(id|name|file|path|url)s?)?", re.IGNORECASE)
+MEDIUM = re.compile("(image|img|picture|photo|video|vid|clip|frame|audio|sound|speech|voice|music|point_?cloud|"
+                    "pdf|media)s?(_?(id|name|file|path|url)s?)?", re.IGNORECASE)
 
 
 def take(record: object, name: str, *expected: type):
@@ -87,10 +87,8 @@ def take(record: object, name: str, *expected: type):
 
 def take_texts(record: dict, name: str) -> list[str]:
     """record[name], a list of texts; raises ValueError for anything else."""
-    found = take(record, name, list)
-    if wrong := [each for each in found if not isinstance(each, str)]:
-        raise ValueError(f"the field `{name}` holds {JSON_TYPES[type(wrong[0])]}, expected texts only")
-    return found
+    items = {f"{name}[{i}]": item for i, item in enumerate(take(record, name, list))}
+    return [take(items, key, str) for key in items]
 
 
 def refuse_media(record: dict, images: str = ""):
@@ -102,8 +100,8 @@ def refuse_media(record: dict, images: str = ""):
                              + (f", and images in the field `{images}`" if images else " only"))
 
 
-def exchanges(record: dict, name: str, speaker: str, pair: list[str], images: str = "") -> list[tuple[dict, dict]]:
-    """The messages in record[name] as pairs of question and answer; `images` is the field of a question's images.
+def exchanges(record: dict, name: str, speaker: str, pair: list[str], images: str = "") -> list[tuple]:
+    """The messages in record[name] as pairs of question and answer; `images` is a message's field of images.
 
     Raises ValueError unless the field `speaker` of the messages says the two names of `pair` in turn.
     """
@@ -260,11 +258,61 @@ def scan(file: Path) -> Iterator[tuple[str, int, int]]:
                              f"{rest[:60]!r} at byte {done}")
 
 
+def parquet_files(file: Path) -> list[Path]:
+    """What newer releases hold in place of a JSON file: for SD.json, SD.parquet or the parts in SD_Images."""
+    return sorted(found for pattern in (".parquet", "/*.parquet", "_[Ii]mages/*.parquet")
+                  for found in file.parent.glob(file.stem + pattern))
+
+
+def parquet_texts(file: Path) -> Iterator[tuple[str, str]]:
+    """(key, base64 text) of the images in a parquet file, of which few are in memory at a time.
+
+    One column holds the keys. The other is `base64`, texts, as Otter writes it, or `image`, bytes with their path,
+    as on the hub. Raises ValueError for any other file, and where pyarrow is not installed.
+    """
+    try:
+        from pyarrow import ArrowException, parquet
+    except ImportError as error:
+        raise ValueError(f"{file} can be read with pyarrow only: pip install pyarrow") from error
+    try:
+        # So pyarrow reads the file bit by bit. By itself it reads a whole row group, which is often all of it.
+        with parquet.ParquetFile(file, buffer_size=READ_SIZE, pre_buffer=False) as opened:
+            names = sorted(opened.schema_arrow.names, key=("base64", "image").__contains__)     # keys, images
+            if len(names) != 2 or names[1] not in ("base64", "image"):
+                raise ValueError(f"found the columns {', '.join(names)}, expected keys, and `base64` or `image`")
+            for batch in opened.iter_batches(16, columns=names):
+                for key, image in (row.values() for row in batch.select(names).to_pylist()):
+                    if isinstance(image, dict):
+                        image = image.get("bytes")
+                    if isinstance(image, bytes):
+                        image = base64.b64encode(image).decode()
+                    if not isinstance(key, str) or not isinstance(image, str | None):
+                        raise ValueError(f"found {key!r:.60} with {image!r:.60}, expected a text and an image")
+                    if image:
+                        yield key, image
+    except (ArrowException, OSError, ValueError) as error:
+        raise ValueError(f"{file} is no parquet file of images: {error}") from error
+
+
+def json_from_parquet(file: Path):
+    """Write the JSON file for which there are only parquet files; raises as `parquet_texts` does, and OSError."""
+    with replacing(file) as new, open(new, "w", encoding="utf-8") as out:
+        before = "{"
+        for found in parquet_files(file):
+            for key, text in tqdm(parquet_texts(found), f"{found.name} to {file.name}", leave=False):
+                out.write(f"{before}{json.dumps(key)}: {json.dumps(text)}")
+                before = ",\n"
+        out.write("}" if before != "{" else "{}")
+
+
 def encoded_images(file: Path) -> dict[str, EncodedImage]:
     """The images in a JSON object of base64 texts, by key; none of them is read.
 
-    The file is scanned once; `<file>.index` beside it then says where each text lies.
+    The file is scanned once; `<file>.index` beside it then says where each text lies. If there is no such file, it
+    is made of parquet files.
     """
+    if not file.exists():
+        json_from_parquet(file)
     index, state = file.with_name(f"{file.name}.index"), [file.stat().st_size, file.stat().st_mtime_ns]
     try:
         found = read_json(index)
@@ -315,8 +363,8 @@ def mimicit(reader: Reader, instructions: Path, source: Path) -> Iterator[Conver
 
     def parse(record: dict) -> list[Round]:
         """An instruction as one round; raises ValueError, and LeftOut where not all of its images are there."""
-        texts, names = [take(record, name, str) for name in ("instruction", "answer")], take_texts(record, "image_ids")
-        take_texts(record, "rel_ins_ids")
+        question, answer = take(record, "instruction", str), take(record, "answer", str)
+        names, _ = take_texts(record, "image_ids"), take_texts(record, "rel_ins_ids")
         refuse_media(record, "image_ids")
         if not names:
             raise LeftOut("no image is named")
@@ -324,7 +372,7 @@ def mimicit(reader: Reader, instructions: Path, source: Path) -> Iterator[Conver
             raise LeftOut(ABSENT)
         if len(names) > MOST_IMAGES:
             raise LeftOut(f"more than {MOST_IMAGES} images")
-        return [tidy_round([images[name] for name in names], texts[0].replace(MARK, " "), texts[1])]
+        return [tidy_round([images[name] for name in names], question.replace(MARK, " "), answer)]
 
     single = {key: conversation for key, record in records.items()
               for conversation in reader.each(instructions, [(key, record)], parse)}
@@ -368,7 +416,7 @@ TAGS = [[f"image {n}" for n in range(1, 9)],
         [f"the {n} image" for n in "first second third fourth fifth sixth seventh eighth".split()]]
 
 
-LITERAL_BREAK = re.compile(r"(?<!\\)(\\r)?\\n")      # Sparkles' generator wrote some line breaks as backslash and n
+LITERAL_BREAK = re.compile(r"(?<!\\)(\\r)?\\n")      # some line breaks in Sparkles are a backslash and an n
 
 
 def sparkles_rounds(record: dict, images: Path, tags: list[str]) -> list[Round]:
@@ -419,7 +467,7 @@ DETAIL, DIALOGUE = ("llava/detail_23k.json", "llava/complex_reasoning_77k.json")
 SPARKLES = "SparklesDialogueCC and SparklesDialogueVG by way of github.com/HYPJUDY/Sparkles"
 WHERE = {"coco": "the images of COCO's train2017 from cocodataset.org",
          "llava": "LLaVA-Instruct-150K from the Hugging Face hub, liuhaotian/LLaVA-Instruct-150K",
-         "MIMIC-IT": "MIMIC-IT's JSON files, not the parquet ones, from the Hugging Face hub, pufanyi/MIMICIT",
+         "MIMIC-IT": "MIMIC-IT from the Hugging Face hub, pufanyi/MIMICIT, where its terms must be accepted first",
          "SparklesDialogueCC": SPARKLES, "SparklesDialogueVG": SPARKLES}
 
 
@@ -432,7 +480,8 @@ class Source:
 
     def read(self, reader: Reader) -> Iterator[Conversation]:
         """Its conversations; raises FileNotFoundError that says where to get missing files."""
-        if missing := [name for name in self.files if not (reader.data / name).exists()]:
+        if missing := [name for name in self.files
+                       if not (reader.data / name).exists() and not parquet_files(reader.data / name)]:
             where = "; ".join(dict.fromkeys(WHERE.get(name.split("/")[0], name) for name in missing))
             raise FileNotFoundError(f"no {', '.join(missing)} in {reader.data.absolute()}. Get {where}")
         return self.convert(reader, *(reader.data / name for name in self.files))
@@ -514,6 +563,14 @@ def check_dataset(reader: Reader, tokenizer: Tokenizer, n_tokens: int, n_example
             max(lengths, default=0), sum(length > MAX_POSITIONS for length in lengths)]
 
 
+LEGEND = f"""paper: samples in its Table 1; left out: by the dataset's rules; bad: cannot be used; longest: in
+positions; cut: samples longer than {MAX_POSITIONS}, which lose their last rounds.
+The paper has few samples of otter_mimicit_sn and otter_mimicit_tvc, because most of their instructions name
+images by other keys than the image files do. There may be fewer still here: a sample needs all its images.
+MIMIC-IT (otter_mimicit_*, llava_otter_blend) is gated: accept its terms on its page of the Hugging Face hub,
+pufanyi/MIMICIT, then `hf auth login`. The files of LLaVA and COCO are open to all."""
+
+
 def main():
     """Print examples of each dataset, what is missing or wrong, and a table of all nine."""
     parser = argparse.ArgumentParser(description="Checks a data folder.")
@@ -538,8 +595,7 @@ def main():
     widths = [max(len(str(cell)) for cell in column) for column in zip(*table)]
     for row in table:
         print(*(str(cell).rjust(width) for cell, width in zip(row, widths)), sep="  ")
-    print("paper: samples in its Table 1; left out: by the dataset's rules; bad: cannot be used; longest: in "
-          f"positions;\ncut: samples longer than {MAX_POSITIONS}, which lose their last rounds")
+    print(LEGEND)
     if any(reader.bad for reader in readers):
         sys.exit("bad records or files: see above")
 

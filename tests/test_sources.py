@@ -13,7 +13,8 @@ from PIL import Image
 
 import sources
 from data import Conversation, Round
-from sources import (MIXTURES, SOURCES, TAGS, dataset_names, encoded_images, read_datasets, related, scan)
+from sources import (MIXTURES, SOURCES, TAGS, dataset_names, encoded_images, parquet_texts, read_datasets, related,
+                     scan)
 from vit import load_pixels, read_image
 
 # ---- published records ----
@@ -143,7 +144,8 @@ def test_cgd_instructions_about_the_same_images_are_one_conversation(folder):
 def test_related_instructions_are_together_once_in_file_order_whichever_way_the_relation_points(links):
     names = [f"INS_{i}" for i in range(8)]
     records = {name: {"rel_ins_ids": [names[b] for a, b in links if names[a] == name]} for name in names}
-    single = {name: Conversation(name, [Round((Path(f"{i % 2}.jpg"),), "Q?", "A.")]) for i, name in enumerate(names)}
+    single = {name: Conversation(name, [Round((Path(f"{i % 2}.jpg"),), "Q?", "A.")])
+              for i, name in enumerate(names)}
     smallest = list(range(8))                                   # the first instruction that each is linked with
     for a, b in 8 * links:
         if a % 2 == b % 2:                                      # about the same images
@@ -157,8 +159,8 @@ def test_an_instruction_without_all_of_its_images_is_left_out_and_counted_with_t
     one, absent = "CGD_IMG_000000000001", "CGD_IMG_000000000003"
     data = folder(**images_in("coco/train2017", "000000000001.jpg"), **{
         "MIMIC-IT/CGD_instructions.json": {"data": {
-            "A": instruction("A", [one, absent]), "B": instruction("B", [absent]), "C": instruction("C", [one] * 9),
-            "D": instruction("D", []), "E": instruction("E", [one], ["A"])}}})
+            "A": instruction("A", [one, absent]), "B": instruction("B", [absent]),
+            "C": instruction("C", [one] * 9), "D": instruction("D", []), "E": instruction("E", [one], ["A"])}}})
     notes = []
     (only,), = rounds_of(data, "otter_mimicit_cgd", tell=notes.append)
     assert only.question == "E" and notes == [f"otter_mimicit_cgd: {reason}" for reason in (
@@ -195,6 +197,70 @@ def test_images_in_base64_are_read_from_their_place_in_the_file(folder, code):
     assert [read_image(image).getpixel((0, 0))[0] for image in first.images] == [200, 0]
     assert (first.question, first.answer, second) == ("A", "A yes", Round((), "B", "B yes"))
     assert {file for file in data.rglob("*") if file.is_file()} - before == {data / f"MIMIC-IT/{code}.json.index"}
+
+
+def write_parquet(file, **columns):
+    """A parquet file; imported here, since the tests pass without pyarrow."""
+    pyarrow = pytest.importorskip("pyarrow", reason="parquet files are read with pyarrow, which is optional")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    parquet.write_table(pyarrow.table(columns), file)
+
+
+PNG = IMAGE_BYTES.getvalue()
+TWO = {"MIMIC-IT/SD_instructions.json": {"data": {"X": instruction("A", ["SD_IMG_0", "SD_IMG_1"])}}}
+
+
+@pytest.mark.parametrize("where", ["SD.parquet", "SD/a.parquet", "SD_Images/train-00000-of-00001.parquet"])
+@pytest.mark.parametrize("layout", ["otter", "hub"])
+def test_parquet_files_stand_for_the_json_file_of_images(folder, where, layout):
+    data, keys = folder(**TWO), ["SD_IMG_0", "SD_IMG_1", "SD_IMG_2"]
+    text = base64.b64encode(PNG).decode()
+    columns = ({"base64": [text, text, None], "__index_level_0__": keys} if layout == "otter" else
+               {"id": keys, "image": [{"bytes": PNG, "path": "a.png"}] * 2 + [{"bytes": None, "path": "b.png"}]})
+    write_parquet(data / "MIMIC-IT" / where, **columns)
+    for _ in "12":
+        (only,), = rounds_of(data, "otter_mimicit_sd", tell=pytest.fail)
+        assert [image.read_bytes() for image in only.images] == [PNG, PNG]
+    assert encoded_images(data / "MIMIC-IT/SD.json").keys() == {"SD_IMG_0", "SD_IMG_1"}
+
+
+def test_the_parts_of_a_parquet_folder_are_read_together_and_few_images_at_a_time(folder, monkeypatch):
+    data = folder(**TWO)
+    for n in range(2):
+        write_parquet(data / f"MIMIC-IT/SD_Images/train-0000{n}-of-00002.parquet", id=[f"SD_IMG_{n}"], image=[PNG])
+    assert len(rounds_of(data, "otter_mimicit_sd", tell=pytest.fail)) == 1
+    write_parquet(data / "many.parquet", id=[f"SD_IMG_{n}" for n in range(100)], image=[PNG] * 100)
+    parquet, sizes = pytest.importorskip("pyarrow.parquet"), []
+    whole = parquet.ParquetFile.iter_batches
+    monkeypatch.setattr(parquet.ParquetFile, "iter_batches", lambda self, *args, **named: (
+        sizes.append(len(batch)) or batch for batch in whole(self, *args, **named)))
+    assert len(list(parquet_texts(data / "many.parquet"))) == sum(sizes) == 100 and max(sizes) <= 16
+
+
+@pytest.mark.parametrize("columns, message", [
+    ({"id": ["a"], "instruction": ["b"]}, "found the columns id, instruction, expected keys, and `base64`"),
+    ({"id": ["a"], "image": [PNG], "label": [1]}, "found the columns id, label, image"),
+    ({"base64": ["QQ=="]}, "found the columns base64"), ({"id": [7], "base64": ["QQ=="]}, "found 7 with 'QQ=='"),
+    ({"id": ["a"], "image": [7]}, "found 'a' with 7, expected a text and an image")])
+def test_a_parquet_file_without_images_is_named(folder, columns, message):
+    data = folder(**TWO)
+    write_parquet(data / "MIMIC-IT/SD.parquet", **columns)
+    with pytest.raises(ValueError, match=f"SD.parquet is no parquet file of images: {message}"):
+        read_datasets(data, ["otter_mimicit_sd"])
+    assert not (data / "MIMIC-IT/SD.json").exists()
+
+
+def test_a_damaged_parquet_file_is_named(folder):
+    pytest.importorskip("pyarrow", reason="parquet files are read with pyarrow, which is optional")
+    with pytest.raises(ValueError, match="SD.parquet is no parquet file of images: "):
+        read_datasets(folder(**TWO | {"MIMIC-IT/SD.parquet": b"PAR1"}), ["otter_mimicit_sd"])
+
+
+def test_without_pyarrow_a_parquet_file_says_what_to_install(folder, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)           # as if it were not installed
+    with pytest.raises(ValueError, match="SD.parquet can be read with pyarrow only: pip install pyarrow"):
+        read_datasets(folder(**TWO | {"MIMIC-IT/SD.parquet": b"PAR1"}), ["otter_mimicit_sd"])
 
 
 keys = st.text(st.characters(codec="utf-8", exclude_characters='"\\', exclude_categories=["C"]), max_size=12)
@@ -337,7 +403,7 @@ def test_sparkles_tags_are_whole_ids_in_one_style_per_conversation(folder):
     ("IMAGE#14 is a lake.\\n\\nIMAGE#14 is calm.\\n", "Image is a lake.\n\nImage is calm."),
     ("One.\\r\\nTwo\\nthree", "One.\nTwo\nthree"), ("\\\\n and \\t and \\\\", "\\\\n and \\t and \\\\"),
     ("a\nb", "a\nb")])
-def test_a_backslash_and_n_in_sparkles_is_a_line_break_and_other_backslashes_stay(folder, monkeypatch, written, read):
+def test_backslash_n_in_sparkles_is_a_line_break_and_other_backslashes_stay(folder, monkeypatch, written, read):
     monkeypatch.setattr(sources, "TAGS", [["image"]])
     data = write_sparkles(folder, [sparkle(("What is\\nin\\n\\nIMAGE#14?", [14], written))])
     (only,), = rounds_of(data, "sparkles_dialogue", tell=pytest.fail)
@@ -394,7 +460,7 @@ BAD_LLAVA = [
     (record("<image> Q?", "A.", image=None), "0 images, but 1 <image> marks"),
     (record("<image> Q?", "A.", image=7), "`image` is a number, expected a text or a list or null"),
     (record("<image> Q?", "A.", image={"path": "a.jpg"}), "`image` is an object, expected a text"),
-    (record("<image> Q?", "A.", image=["a.jpg", None]), "`image` holds null or absent, expected texts only"),
+    (record("<image> Q?", "A.", image=["a.jpg", None]), "`image.1.` is null or absent, expected a text"),
     (record("<image> Q?", "A.", image=True), "`image` is true or false, expected a text"),
     (record("Q?", "A.", image=None, images=["a.jpg"]), "`images` cannot be read: .*images in the field `image`"),
     (record("<video> Q?", "A.", image=None, video="a.mp4"), "`video` cannot be read"),
@@ -433,8 +499,8 @@ def test_a_bad_llava_record_is_named_or_skipped_and_counted(folder, bad, message
 
 
 def test_what_describes_the_image_of_a_llava_record_is_no_other_medium(folder):
-    good = record("<image> Q?", "A.", image_id=7, image_url="x", video=None, width=640, source="coco", photographer="b",
-                  clip_score=0.5)
+    good = record("<image> Q?", "A.", image_id=7, image_url="x", video=None, width=640, source="coco",
+                  photographer="b", clip_score=0.5)
     assert len(rounds_of(folder(**LLAVA | {"llava/detail_23k.json": [good]}), "llava")) == 1
 
 
@@ -471,7 +537,7 @@ def test_a_sparkles_id_cannot_lead_out_of_the_folder(folder):
     ("x", "found a text, expected an object with the field `instruction`"),
     (instruction(" ", ["CGD_IMG_a"]), "empty question"),
     (instruction("Q?", None), "`image_ids` is null or absent, expected a list"),
-    (instruction("Q?", [3]), "`image_ids` holds a number, expected texts only"),
+    (instruction("Q?", [3]), "`image_ids.0.` is a number, expected a text"),
     (with_field(instruction("Q?", ["CGD_IMG_a"]), "rel_ins_ids", "x"), "`rel_ins_ids` is a text, expected a list"),
     (with_field(instruction("Q?", ["CGD_IMG_a"]), "video_ids", ["x"]), "`video_ids` cannot be read")])
 def test_a_bad_instruction_is_named(folder, bad, message):
@@ -498,12 +564,6 @@ def test_missing_files_are_named_with_where_to_get_them(tmp_path, name):
     with pytest.raises(FileNotFoundError, match="Get .*(huggingface|Hugging Face|github|cocodataset)") as error:
         read_datasets(tmp_path, [name])
     assert all(file in str(error.value) for file in SOURCES[name].files)
-
-
-def test_the_parquet_flavour_is_notes_from_the_json_one(folder):
-    data = folder(**{"MIMIC-IT/SD_instructions.json": {"data": {}}, "MIMIC-IT/SD.parquet": b"PAR1"})
-    with pytest.raises(FileNotFoundError, match="no MIMIC-IT/SD.json .*JSON files, not the parquet ones"):
-        read_datasets(data, ["otter_mimicit_sd"])
 
 
 def test_an_unknown_dataset_is_answered_with_the_known_ones(tmp_path):
@@ -540,4 +600,6 @@ def test_the_check_of_a_folder_prints_examples_problems_and_nine_rows(folder, co
     table = [[cell.strip() for cell in line.split("  ") if cell.strip()] for line in lines]
     assert header.split()[:3] == ["dataset", "paper", "samples"] and [line[0] for line in table] == NAMES
     assert table[3][1:] == ["8006", *["missing"] * 6]
+    legend = printed[printed.index("paper: samples"):]
+    assert "other keys than the image files do" in legend and "MIMIC-IT" in legend and "is gated" in legend
     assert table[0][1:5] == ["49924", "1", "0", "2"] and table[0][-1] == "0"
