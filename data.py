@@ -11,6 +11,7 @@ sources.py reads conversations from the nine datasets. Before: visualchat.py. Ne
 import hashlib
 import random
 import sys
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import groupby
@@ -147,6 +148,17 @@ def split(conversations: list, seed: int, share: float = 0.1) -> tuple[list, lis
     return shuffled[n:], shuffled[:n]
 
 
+def n_sharing(conversations: list[Conversation], others: list[Conversation]) -> int:
+    """How many of the conversations show an image that one of the others shows, too.
+
+    `split` draws conversations, as the paper does, and datasets share images. So what a model learned about an image
+    in training can help it in validation; train.py says how often.
+    """
+    shown = [{image for round_ in each.rounds for image in round_.images} for each in conversations]
+    elsewhere = {image for each in others for round_ in each.rounds for image in round_.images}
+    return sum(not elsewhere.isdisjoint(images) for images in shown)
+
+
 def order(n: int, seed: int, epoch: int, rank: int = 0, ranks: int = 1) -> list[int]:
     """Which of n conversations a rank takes in an epoch, in order; a rest smaller than `ranks` is left out.
 
@@ -261,6 +273,21 @@ class Conversations(Dataset):
 
     def __len__(self) -> int:
         return len(self.conversations)
+
+    def cut(self, indices: Iterable[int]) -> Tensor:
+        """Of these conversations: how many lose their last rounds to the limit, how many rounds these are, and how
+        many conversations do not fit at all, (3)."""
+        found = torch.zeros(3, dtype=torch.long)
+        for i in indices:
+            rounds = self.conversations[i].rounds
+            try:
+                ids = encode(rounds, self.tokenizer, self.vision.n_queries, self.limit).ids
+            except ValueError:
+                found[2] += 1
+            else:                                               # Every round starts with BOS and has no other one.
+                lost = len(rounds) - ids.count(self.tokenizer.bos)
+                found += torch.tensor([lost > 0, lost, 0])
+        return found
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         if not 0 <= index < len(self):

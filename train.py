@@ -27,7 +27,7 @@ from zero import (DTYPES, build_model, check_machine, check_options, counts, dis
                   per_rank, plan_text, published_sizes, settings_for, start)
 
 from checkpoint import Stop, has_ended, latest, load_checkpoint, remove_checkpoints, save_checkpoint, trained
-from data import Conversations, Features, collate, order, pack, split
+from data import Conversations, Features, collate, n_sharing, order, pack, split
 from llama import Tokenizer
 from mmca import IMAGE
 from recipe import Options, command_line
@@ -44,13 +44,13 @@ from weights import replacing
 def load_data(options: Options, config: ModelConfig, tokenizer: Tokenizer,
               model: VisualChat) -> tuple[Conversations, Conversations]:
     """For training and validation; raises ValueError for too few conversations, and as `read_datasets` does."""
-    rank, ranks = dist.get_rank(), dist.get_world_size()
-    conversations = read_datasets(Path(options.data), options.datasets, options.seed, options.skip_bad,
-                                  tell=print if rank == 0 else lambda line: None)
+    rank, ranks, device = dist.get_rank(), dist.get_world_size(), get_accelerator().current_device_name()
+    say = print if rank == 0 else lambda line: None
+    conversations = read_datasets(Path(options.data), options.datasets, options.seed, options.skip_bad, say)
     features = None
     if options.cache_features:
         vit = VisionTransformer.from_pretrained(        # The model's own ViT may be shared out among the ranks.
-            towers(config)[1], DTYPES[options.precision], get_accelerator().current_device_name())
+            towers(config)[1], DTYPES[options.precision], device)
         features = Features(Path(options.cache_features), vit)
         images = list(dict.fromkeys(image for conversation in conversations for round_ in conversation.rounds
                                     for image in round_.images))
@@ -62,6 +62,14 @@ def load_data(options: Options, config: ModelConfig, tokenizer: Tokenizer,
     if len(train) < options.batch or len(held_out) < ranks:
         raise ValueError(f"{options.data} holds {len(train)} conversations for training and {len(held_out)} for "
                          f"validation, too few for --batch {options.batch} on {ranks} ranks")
+    cut = sum(part.cut(range(rank, len(part), ranks)) for part in (train, held_out)).to(device)
+    dist.all_reduce(cut)                                        # to count them takes a minute for a million, shared
+    if cut.any():
+        say("at {} positions {} conversations lose their last rounds, {} rounds in all; {} do not fit at all".format(
+            limit, *cut.tolist()))
+    parts = train.conversations, held_out.conversations
+    say(f"validation: {n_sharing(*parts[::-1])} of {len(held_out)} conversations show an image that training shows, "
+        f"too; to part the images as well, training would lose {n_sharing(*parts)} of {len(train)}")
     return train, held_out
 
 

@@ -9,7 +9,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch.utils.data import DataLoader
 
-from data import (SYSTEM, Conversation, Conversations, Features, Round, collate, encode, encode_round, marked,
+from data import (SYSTEM, Conversation, Conversations, Features, Round, collate, encode, encode_round, marked, n_sharing,
                   order, pack, split, to_tensors)
 from llama import Tokenizer
 from mmca import IMAGE, TEXT
@@ -104,6 +104,23 @@ def test_a_conversation_is_its_first_whole_rounds_as_many_as_fit(tokenizer, roun
     assert all(f"### Question: {round_.question}\n### Answer: {round_.answer}</s>" in text
                for round_ in rounds[:kept])
     assert all(f"### Image {i}:····" in text for i in range(1, len(encoded.images) + 1))
+
+
+def test_what_the_limit_cuts_is_counted(tokenizer):
+    rounds = [Round(("a",), "What is it?", "A cat."), Round((), "What is image 1?", "A question.")]
+    first, both = (len(encode(rounds[:n], tokenizer, N).ids) for n in (1, 2))
+    many = [Conversation("one", rounds), Conversation("short", rounds[:1]), Conversation("three", rounds + rounds)]
+    vision = VisionConfig(n_queries=N)
+    found = {limit: Conversations(many, tokenizer, vision, limit).cut(range(3)).tolist()
+             for limit in (first - 1, first, both, 500)}
+    assert found == {first - 1: [0, 0, 3], first: [2, 1 + 3, 0], both: [1, 2, 0], 500: [0, 0, 0]}
+
+
+def test_conversations_that_share_an_image_with_others_are_counted():
+    a, b, ab, none = ([Conversation("", [Round(tuple(images), "?", "."), Round((), "?", ".")])]
+                      for images in ("a", "b", "ab", ""))
+    assert n_sharing(a + ab + b + none, a) == 2 and n_sharing(a, ab) == 1
+    assert n_sharing(a + none, b + none) == n_sharing(a, []) == n_sharing([], a) == 0
 
 
 @settings(deadline=None, max_examples=30)

@@ -2,6 +2,7 @@
 import csv
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -15,8 +16,9 @@ from PIL import Image
 import train
 from data import Conversations
 from mmca import IMAGE
-from training import ROOT, SCRIPT, at, at_once, launch, losses
+from recipe import Options, for_size
 from tiny.world import write_world
+from training import ROOT, SCRIPT, at, at_once, launch, losses
 from train import alike_on_all_ranks, blank_batch, share_of_peak
 from visualchat import IGNORE, build, load
 from vit import VisionConfig
@@ -115,7 +117,34 @@ def test_a_broken_image_stops_training_by_name_or_is_skipped_and_counted(world, 
     assert done.returncode != 0 and last.startswith("train.py: data/tiny/llava/conversation_58k.json, record 0000")
     assert "000000000000.jpg is no readable image" in last and "--skip-bad" in last
     assert "Traceback" not in done.stderr
-    assert "; 1 conversations skipped since the start" in launch(tmp_path, *command, "--skip-bad")
+    printed = launch(tmp_path, *command, "--skip-bad", "--positions", "160")
+    assert "; 1 conversations skipped since the start" in printed
+    assert re.search(r"at 160 positions [1-9]\d* conversations lose their last rounds, [1-9]\d* rounds", printed)
+    assert re.search(r"validation: [1-9]\d* of \d+ conversations show an image that training shows, too", printed)
+
+
+def test_the_best_result_is_that_of_the_lowest_validation_loss(monkeypatch, tmp_path):
+    """A run of four epochs of one step, whose validation losses are made up."""
+    kept, checks = [], iter([3.0, 1.0, 2.0, 1.0])
+    monkeypatch.setattr(train, "dist", SimpleNamespace(
+        get_rank=lambda: 0, get_world_size=lambda: 1, all_reduce=lambda *_: None, ReduceOp=SimpleNamespace(MAX=0)))
+    for name, stand_in in (
+            ("blank_batch", lambda _: {}), ("loader", lambda *_: [[]]), ("update_bar", lambda *_: None),
+            ("evaluate", lambda *_: (next(checks), 0.5)), ("save_checkpoint", lambda *_: None),
+            ("checked_step", lambda *rest: rest[-1] | {"seconds": 0}),
+            ("save_result", lambda *_, is_best: kept.append(is_best))):
+        monkeypatch.setattr(train, name, stand_in)
+    monkeypatch.setattr(train.Stop, "agreed", lambda *_: False)
+    engine = SimpleNamespace(device="cpu", global_samples=0, monitor=SimpleNamespace(write_events=lambda _: None))
+    held_out = SimpleNamespace(skipped=[0])
+    progress = dict(step=0, best=float("inf"), saved=[])
+
+    class Sixteen(list):
+        skipped = [0] * 16
+
+    options = for_size(Options(epochs=4, batch=16, out=str(tmp_path)))
+    assert train.fit(engine, Sixteen(range(16)), held_out, options, None, progress)
+    assert kept == [True, True, False, False] and progress["best"] == 1.0
 
 
 def test_the_share_of_what_cards_can_do():

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import zero
 from llama import Layer, LlamaConfig, Pass, rope_table
 from mmca import IMAGE, TEXT, compact_attention, separate
 from recipe import Options, for_size
@@ -172,6 +173,29 @@ def test_the_plan_counts_what_a_layer_keeps_for_the_backward_pass(precision, key
     options = Options(precision=precision, positions=length, zero=0)
     assert y.requires_grad
     assert memory(options, sizes, VIT, 1)["activations"] == pytest.approx(found, rel=0.05)
+
+
+def test_optimizer_and_batch_are_the_paper_s(monkeypatch, model):
+    """Section 4.2.1: AdamW with betas (0.0, 0.95), no weight decay, gradients clipped at 1, a tenth of warm-up."""
+    monkeypatch.setattr(zero.deepspeed, "initialize", lambda **given: (given,))
+    monkeypatch.setattr(zero.dist, "get_world_size", lambda: 2)
+    given = zero.engine_for(model, for_size(Options(size="7b", precision="fp32")), steps=100, universal=False)
+    optimizer, schedule = given["optimizer"], given["lr_scheduler"]
+    assert type(optimizer) is torch.optim.AdamW
+    groups = [(group["betas"], group["weight_decay"], group["initial_lr"]) for group in optimizer.param_groups]
+    assert groups == [((0.0, 0.95), 0.0, 1e-3)] * 2
+    trains = [{id(p) for p in group["params"]} for group in optimizer.param_groups]
+    assert trains == [{id(p) for p in model.projection.parameters()}, {id(model.llama.embed_tokens.weight)}]
+    rates = []
+    for _ in range(100):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    assert rates[:10] == pytest.approx([1e-4 * n for n in range(1, 11)]) and max(rates) == pytest.approx(1e-3)
+    assert rates[55] == pytest.approx(0.5e-3) and rates[99] < 1e-6
+    assert given["config"]["gradient_clipping"] == 1.0
+    assert given["config"]["train_micro_batch_size_per_gpu"] * 2 == 128
+    assert given["config"]["gradient_accumulation_steps"] == 1
 
 
 def test_ranks_share_the_batch_or_say_what_they_could():
