@@ -33,6 +33,7 @@ from weights import find_weights, printable, read_json, replacing
 
 MARK, SPARKLES_MARK = "<image>", "<Img><ImageHere></Img>"       # They stand for an image in a question.
 MOST_IMAGES = 8                 # of a conversation in MIMIC-IT or Sparkles; the paper leaves out those with more
+COMPARING = ("CGD", "SD")       # parts of MIMIC-IT that ask for differences, so a record needs all its images
 ABSENT = "an image is missing, or is a link that leads to nothing"
 
 
@@ -50,7 +51,14 @@ class Reader:
     seed: int = 0
     skip_bad: bool = False      # A bad record is noted in `bad` and skipped; otherwise it raises ValueError.
     left_out: Counter = field(default_factory=Counter)          # how many records, by the reason
+    incomplete: int = 0                                         # records that are kept without an absent image
     bad: list[str] = field(default_factory=list)                # what is wrong with each bad record
+
+    def notes(self) -> list[str]:
+        """What was left out, a line for each reason."""
+        lines = [f"{self.name}: {n} records left out: {reason}" for reason, n in self.left_out.items()]
+        kept = f"{self.name}: {self.incomplete} records kept without images that are missing"
+        return lines + [kept] * (self.incomplete > 0)
 
     def each(self, file: Path, records: Iterable[tuple[str, object]], parse: Callable) -> Iterator[Conversation]:
         """The rounds that `parse` makes of each (key, record), as a conversation that is named by file and key."""
@@ -362,17 +370,19 @@ def mimicit(reader: Reader, instructions: Path, source: Path) -> Iterator[Conver
               if source.is_dir() else encoded_images(source))
 
     def parse(record: dict) -> list[Round]:
-        """An instruction as one round; raises ValueError, and LeftOut where not all of its images are there."""
+        """An instruction as one round; raises ValueError, and LeftOut where images that it needs are missing."""
         question, answer = take(record, "instruction", str), take(record, "answer", str)
         names, _ = take_texts(record, "image_ids"), take_texts(record, "rel_ins_ids")
         refuse_media(record, "image_ids")
         if not names:
             raise LeftOut("no image is named")
-        if not all(name in images for name in names):
+        found = [images[name] for name in names if name in images]
+        if not found or len(found) < len(names) and instructions.name.startswith(COMPARING):
             raise LeftOut(ABSENT)
-        if len(names) > MOST_IMAGES:
+        if len(found) > MOST_IMAGES:
             raise LeftOut(f"more than {MOST_IMAGES} images")
-        return [tidy_round([images[name] for name in names], question.replace(MARK, " "), answer)]
+        reader.incomplete += len(found) < len(names)
+        return [tidy_round(found, question.replace(MARK, " "), answer)]
 
     single = {key: conversation for key, record in records.items()
               for conversation in reader.each(instructions, [(key, record)], parse)}
@@ -522,8 +532,8 @@ def read_datasets(data: Path, names: Iterable[str], seed: int = 0, skip_bad: boo
     for name in dataset_names(names):
         reader = Reader(name, data, seed, skip_bad)
         conversations += SOURCES[name].read(reader)
-        for reason, count in reader.left_out.items():
-            tell(f"{name}: {count} records left out: {reason}")
+        for note in reader.notes():
+            tell(note)
         if reader.bad:
             tell(f"{name}: {len(reader.bad)} bad records skipped, the first is {reader.bad[0]}")
     return conversations
@@ -555,9 +565,8 @@ def check_dataset(reader: Reader, tokenizer: Tokenizer, n_tokens: int, n_example
                 load_pixels(image, 14)
         except (ValueError, OSError) as error:
             reader.bad.append(f"{conversation.name}: {error}")
-    for problem in (*(f"bad record: {problem}" for problem in reader.bad),
-                    *(f"{count} records left out: {reason}" for reason, count in reader.left_out.items())):
-        print(printable(f"{name}: {problem}"))
+    for line in (*(f"{name}: bad record: {problem}" for problem in reader.bad), *reader.notes()):
+        print(printable(line))
     each = f"{sum(n_images) / max(len(n_images), 1):.1f}, at most {max(n_images, default=0)}"
     return [name, in_paper, len(conversations), reader.left_out.total(), len(reader.bad), each,
             max(lengths, default=0), sum(length > MAX_POSITIONS for length in lengths)]
@@ -566,7 +575,8 @@ def check_dataset(reader: Reader, tokenizer: Tokenizer, n_tokens: int, n_example
 LEGEND = f"""paper: samples in its Table 1; left out: by the dataset's rules; bad: cannot be used; longest: in
 positions; cut: samples longer than {MAX_POSITIONS}, which lose their last rounds.
 The paper has few samples of otter_mimicit_sn and otter_mimicit_tvc, because most of their instructions name
-images by other keys than the image files do. There may be fewer still here: a sample needs all its images.
+images by other keys than the image files do. Of otter_mimicit_cgd and _sd, which compare, a sample needs all
+its images; in the other parts images that are missing are dropped, as in the release.
 MIMIC-IT (otter_mimicit_*, llava_otter_blend) is gated: accept its terms on its page of the Hugging Face hub,
 pufanyi/MIMICIT, then `hf auth login`. The files of LLaVA and COCO are open to all."""
 

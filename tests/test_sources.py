@@ -155,7 +155,7 @@ def test_related_instructions_are_together_once_in_file_order_whichever_way_the_
     assert found == [group for group in groups if group]
 
 
-def test_an_instruction_without_all_of_its_images_is_left_out_and_counted_with_the_reason(folder):
+def test_a_comparing_instruction_without_all_of_its_images_is_left_out_and_counted_with_the_reason(folder):
     one, absent = "CGD_IMG_000000000001", "CGD_IMG_000000000003"
     data = folder(**images_in("coco/train2017", "000000000001.jpg"), **{
         "MIMIC-IT/CGD_instructions.json": {"data": {
@@ -166,6 +166,17 @@ def test_an_instruction_without_all_of_its_images_is_left_out_and_counted_with_t
     assert only.question == "E" and notes == [f"otter_mimicit_cgd: {reason}" for reason in (
         "2 records left out: an image is missing, or is a link that leads to nothing",
         "1 records left out: more than 8 images", "1 records left out: no image is named")]
+
+
+@pytest.mark.parametrize("code, kept", [("SD", 0), ("SN", 1), ("TVC", 1), ("VST", 1)])
+def test_parts_that_do_not_compare_keep_what_images_there_are(folder, code, kept):
+    data = folder(**{f"MIMIC-IT/{code}.json": {f"{code}_IMG_0": "aGk="}, f"MIMIC-IT/{code}_instructions.json": {
+        "data": {"X": instruction("A", [f"{code}_IMG_0", f"{code}_IMG_1"])}}})
+    notes, name = [], f"otter_mimicit_{code.lower()}"
+    found = rounds_of(data, name, tell=notes.append)
+    assert [len(rounds[0].images) for rounds in found] == [1] * kept
+    assert notes == [f"{name}: 1 records kept without images that are missing" if kept else
+                     f"{name}: 1 records left out: an image is missing, or is a link that leads to nothing"]
 
 
 def test_images_of_cgd_do_not_depend_on_the_order_of_a_set(folder):
