@@ -148,17 +148,6 @@ def split(conversations: list, seed: int, share: float = 0.1) -> tuple[list, lis
     return shuffled[n:], shuffled[:n]
 
 
-def n_sharing(conversations: list[Conversation], others: list[Conversation]) -> int:
-    """How many of the conversations show an image that one of the others shows, too.
-
-    `split` draws conversations, as the paper does, and datasets share images. So what a model learned about an image
-    in training can help it in validation; train.py says how often.
-    """
-    shown = [{image for round_ in each.rounds for image in round_.images} for each in conversations]
-    elsewhere = {image for each in others for round_ in each.rounds for image in round_.images}
-    return sum(not elsewhere.isdisjoint(images) for images in shown)
-
-
 def order(n: int, seed: int, epoch: int, rank: int = 0, ranks: int = 1) -> list[int]:
     """Which of n conversations a rank takes in an epoch, in order; a rest smaller than `ranks` is left out.
 
@@ -280,13 +269,12 @@ class Conversations(Dataset):
         found = torch.zeros(3, dtype=torch.long)
         for i in indices:
             rounds = self.conversations[i].rounds
-            try:
+            try:                                                # Every round starts with BOS and has no other one.
                 ids = encode(rounds, self.tokenizer, self.vision.n_queries, self.limit).ids
-            except ValueError:
-                found[2] += 1
-            else:                                               # Every round starts with BOS and has no other one.
                 lost = len(rounds) - ids.count(self.tokenizer.bos)
                 found += torch.tensor([lost > 0, lost, 0])
+            except ValueError:
+                found[2] += 1
         return found
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:

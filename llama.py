@@ -209,8 +209,8 @@ class AnswerLoss(torch.autograd.Function):
         for rows, target in zip(hidden.split(LOSS_CHUNK), targets.split(LOSS_CHUNK)):
             logits = (rows @ weight.T).float()                                      # (LOSS_CHUNK, vocabulary)
             (best, likeliest), chances, at = logits.max(dim=-1), logits.softmax(dim=-1), target[:, None]
-            # Cross-entropy is log Σ exp(logits) less the target's logit. The softmax, which the gradient needs, too,
-            # tells the sum: log Σ exp(logits) = best - log(chance of the best), which is at least 1 / vocabulary.
+            # Cross-entropy is log Σ exp(logits) less the target's logit. The softmax, which the gradient needs,
+            # tells that sum: it is best - log(chance of the best), and that chance is at least 1 / vocabulary.
             losses.append(best - chances.gather(1, likeliest[:, None])[:, 0].log() - logits.gather(1, at)[:, 0])
             right.append(likeliest == target)
             if ctx.needs_input_grad[0]:     # The gradient of a logit is its chance, at the target its chance - 1.

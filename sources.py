@@ -33,7 +33,7 @@ from weights import find_weights, printable, read_json, replacing
 
 MARK, SPARKLES_MARK = "<image>", "<Img><ImageHere></Img>"       # They stand for an image in a question.
 MOST_IMAGES = 8                 # of a conversation in MIMIC-IT or Sparkles; the paper leaves out those with more
-COMPARING = ("CGD", "SD")       # parts of MIMIC-IT that ask for differences, so a record needs all its images
+OF_PAIRS = ("CGD", "SD")       # parts of MIMIC-IT that ask for differences, so a record needs all its images
 ABSENT = "an image is missing, or is a link that leads to nothing"
 
 
@@ -377,7 +377,7 @@ def mimicit(reader: Reader, instructions: Path, source: Path) -> Iterator[Conver
         if not names:
             raise LeftOut("no image is named")
         found = [images[name] for name in names if name in images]
-        if not found or len(found) < len(names) and instructions.name.startswith(COMPARING):
+        if not found or len(found) < len(names) and instructions.name.startswith(OF_PAIRS):
             raise LeftOut(ABSENT)
         if len(found) > MOST_IMAGES:
             raise LeftOut(f"more than {MOST_IMAGES} images")
@@ -537,6 +537,17 @@ def read_datasets(data: Path, names: Iterable[str], seed: int = 0, skip_bad: boo
         if reader.bad:
             tell(f"{name}: {len(reader.bad)} bad records skipped, the first is {reader.bad[0]}")
     return conversations
+
+
+def n_sharing(conversations: list[Conversation], others: list[Conversation]) -> int:
+    """How many of the conversations show an image that one of the others shows, too.
+
+    `data.split` draws conversations, as the paper does, and datasets share images. So what a model learned about an
+    image in training can help it in validation; train.py says how often.
+    """
+    shown = [{image for round_ in each.rounds for image in round_.images} for each in conversations]
+    elsewhere = {image for each in others for round_ in each.rounds for image in round_.images}
+    return sum(not elsewhere.isdisjoint(images) for images in shown)
 
 
 # ---- checking a data folder ----

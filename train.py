@@ -23,15 +23,15 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 # First of ours, because it sets what deepspeed must find in the environment when it is imported.
-from zero import (DTYPES, build_model, check_machine, check_options, counts, dist, engine_for, get_accelerator,
-                  per_rank, plan_text, published_sizes, settings_for, start)
+from zero import (DTYPES, build_model, check_machine, check_options, dist, engine_for, get_accelerator,
+                  per_rank, plan_text, settings_for, share_of_peak, start)
 
 from checkpoint import Stop, has_ended, latest, load_checkpoint, remove_checkpoints, save_checkpoint, trained
-from data import Conversations, Features, collate, n_sharing, order, pack, split
+from data import Conversations, Features, collate, order, pack, split
 from llama import Tokenizer
 from mmca import IMAGE
 from recipe import Options, command_line
-from sources import read_datasets
+from sources import n_sharing, read_datasets
 from tiny.exam import run_exam, table_text
 from tiny.world import DATA, TESTS, ensure
 from visualchat import IGNORE, ModelConfig, VisualChat, save, towers, whole_answers
@@ -63,13 +63,13 @@ def load_data(options: Options, config: ModelConfig, tokenizer: Tokenizer,
         raise ValueError(f"{options.data} holds {len(train)} conversations for training and {len(held_out)} for "
                          f"validation, too few for --batch {options.batch} on {ranks} ranks")
     cut = sum(part.cut(range(rank, len(part), ranks)) for part in (train, held_out)).to(device)
-    dist.all_reduce(cut)                                        # to count them takes a minute for a million, shared
+    dist.all_reduce(cut)
     if cut.any():
-        say("at {} positions {} conversations lose their last rounds, {} rounds in all; {} do not fit at all".format(
-            limit, *cut.tolist()))
-    parts = train.conversations, held_out.conversations
-    say(f"validation: {n_sharing(*parts[::-1])} of {len(held_out)} conversations show an image that training shows, "
-        f"too; to part the images as well, training would lose {n_sharing(*parts)} of {len(train)}")
+        say("at {} positions {} conversations lose their last rounds, {} rounds in all; {} do not fit at all"
+            .format(limit, *cut.tolist()))
+    leak, cost = (n_sharing(a.conversations, b.conversations) for a, b in ((held_out, train), (train, held_out)))
+    say(f"validation: {leak} of {len(held_out)} conversations show an image that training shows, too; to part the "
+        f"images as well, training would lose {cost} of {len(train)}")
     return train, held_out
 
 
@@ -205,23 +205,6 @@ def read_log(path: Path, step: int) -> list[dict]:
     with open(path) as file:
         return [{name: value and types.get(name, float)(value) for name, value in row.items()}
                 for row in csv.DictReader(file) if int(row["step"]) <= step]
-
-
-# What a card can do at most, in FP16 or BF16 operations per second without sparsity, by its maker's data sheet.
-PEAK = {"H200 NVL": 835e12, "H200": 989e12, "H100 NVL": 835e12, "H100 PCIe": 756e12, "H100": 989e12,
-        "A100": 312e12, "V100": 125e12}
-
-
-def share_of_peak(speed: float, size: str, card: str, ranks: int) -> float | None:
-    """The share of what the cards can do that a speed in positions per second takes; None for an unknown card.
-
-    Only the matrices of LLaMA's layers count: 2 operations per value forward, 2 backward, none for the gradients
-    of frozen weights.
-    """
-    llama, vit = published_sizes(size)
-    needed = 4 * counts(llama, vit)["layer"] * llama.num_hidden_layers * speed
-    peaks = [peak for name, peak in PEAK.items() if name in card]
-    return needed / (ranks * peaks[0]) if peaks else None
 
 
 def update_bar(bar: tqdm, rows: list[dict], options: Options):

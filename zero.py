@@ -243,6 +243,23 @@ def engine_for(model: VisualChat, options: Options, steps: int, universal: bool)
     return engine
 
 
+# What a card can do at most, in FP16 or BF16 operations per second without sparsity, by its maker's data sheet.
+PEAK = {"H200 NVL": 835e12, "H200": 989e12, "H100 NVL": 835e12, "H100 PCIe": 756e12, "H100": 989e12,
+        "A100": 312e12, "V100": 125e12}
+
+
+def share_of_peak(speed: float, size: str, card: str, ranks: int) -> float | None:
+    """The share of what the cards can do that a speed in positions per second takes; None for an unknown card.
+
+    Only the matrices of LLaMA's layers count: 2 operations per value forward, 2 backward, none for the gradients
+    of frozen weights.
+    """
+    llama, vit = published_sizes(size)
+    needed = 4 * counts(llama, vit)["layer"] * llama.num_hidden_layers * speed
+    peaks = [peak for name, peak in PEAK.items() if name in card]
+    return needed / (ranks * peaks[0]) if peaks else None
+
+
 # ---- a plan, before anything is paid for ----
 
 def memory(options: Options, llama: LlamaConfig, vit: VisionConfig, gpus: int) -> dict[str, float]:

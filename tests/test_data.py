@@ -9,7 +9,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch.utils.data import DataLoader
 
-from data import (SYSTEM, Conversation, Conversations, Features, Round, collate, encode, encode_round, marked, n_sharing,
+from data import (SYSTEM, Conversation, Conversations, Features, Round, collate, encode, encode_round, marked,
                   order, pack, split, to_tensors)
 from llama import Tokenizer
 from mmca import IMAGE, TEXT
@@ -114,13 +114,6 @@ def test_what_the_limit_cuts_is_counted(tokenizer):
     found = {limit: Conversations(many, tokenizer, vision, limit).cut(range(3)).tolist()
              for limit in (first - 1, first, both, 500)}
     assert found == {first - 1: [0, 0, 3], first: [2, 1 + 3, 0], both: [1, 2, 0], 500: [0, 0, 0]}
-
-
-def test_conversations_that_share_an_image_with_others_are_counted():
-    a, b, ab, none = ([Conversation("", [Round(tuple(images), "?", "."), Round((), "?", ".")])]
-                      for images in ("a", "b", "ab", ""))
-    assert n_sharing(a + ab + b + none, a) == 2 and n_sharing(a, ab) == 1
-    assert n_sharing(a + none, b + none) == n_sharing(a, []) == n_sharing([], a) == 0
 
 
 @settings(deadline=None, max_examples=30)

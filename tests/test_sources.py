@@ -13,8 +13,8 @@ from PIL import Image
 
 import sources
 from data import Conversation, Round
-from sources import (MIXTURES, SOURCES, TAGS, dataset_names, encoded_images, parquet_texts, read_datasets, related,
-                     scan)
+from sources import (MIXTURES, SOURCES, TAGS, dataset_names, encoded_images, n_sharing, parquet_texts,
+                     read_datasets, related, scan)
 from vit import load_pixels, read_image
 
 # ---- published records ----
@@ -614,3 +614,10 @@ def test_the_check_of_a_folder_prints_examples_problems_and_nine_rows(folder, co
     legend = printed[printed.index("paper: samples"):]
     assert "other keys than the image files do" in legend and "MIMIC-IT" in legend and "is gated" in legend
     assert table[0][1:5] == ["49924", "1", "0", "2"] and table[0][-1] == "0"
+
+
+def test_conversations_that_share_an_image_with_others_are_counted():
+    a, b, ab, none = ([Conversation("", [Round(tuple(images), "?", "."), Round((), "?", ".")])]
+                      for images in ("a", "b", "ab", ""))
+    assert n_sharing(a + ab + b + none, a) == 2 and n_sharing(a, ab) == 1
+    assert n_sharing(a + none, b + none) == n_sharing(a, []) == n_sharing([], a) == 0

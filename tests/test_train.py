@@ -19,9 +19,10 @@ from mmca import IMAGE
 from recipe import Options, for_size
 from tiny.world import write_world
 from training import ROOT, SCRIPT, at, at_once, launch, losses
-from train import alike_on_all_ranks, blank_batch, share_of_peak
+from train import alike_on_all_ranks, blank_batch
 from visualchat import IGNORE, build, load
 from vit import VisionConfig
+from zero import share_of_peak
 
 
 def test_ranks_with_unequal_images_and_text_only_batches_end(world, tmp_path):
