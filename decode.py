@@ -99,6 +99,7 @@ def compile_step(llama: Llama) -> Callable[[Tensor, Cache], Tensor]:
 
     @torch.no_grad()
     def step(token: Tensor, cache: Cache) -> Tensor:
+        """`Llama.next_logits` for one conversation, compiled."""
         layout = separate(ONE_TEXT_TOKEN, past=cache.past)
         cache.begin(layout)
         (n_text, n_image), kind = cache.counts[0], layout.segments[0].kind

@@ -205,6 +205,7 @@ class AnswerLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Losses in float32 and whether the target is the likeliest token, both (A), from hidden (A, C)."""
         losses, right, gradients = [], [], []
         for rows, target in zip(hidden.split(LOSS_CHUNK), targets.split(LOSS_CHUNK)):
             logits = (rows @ weight.T).float()                                      # (LOSS_CHUNK, vocabulary)

@@ -272,6 +272,7 @@ def draw_panels(path: str, cell: int = 40, margin: int = 110):
 
 
 def main():
+    """Print Figure 4, or draw it into a file; then run both forms of MMCA on its example."""
     if sys.argv[1:]:
         try:
             draw_panels(sys.argv[1])

@@ -33,7 +33,7 @@ from weights import find_weights, printable, read_json, replacing
 
 MARK, SPARKLES_MARK = "<image>", "<Img><ImageHere></Img>"       # They stand for an image in a question.
 MOST_IMAGES = 8                 # of a conversation in MIMIC-IT or Sparkles; the paper leaves out those with more
-OF_PAIRS = ("CGD", "SD")       # parts of MIMIC-IT that ask for differences, so a record needs all its images
+OF_PAIRS = ("CGD", "SD")        # parts of MIMIC-IT that ask for differences, so a record needs all its images
 ABSENT = "an image is missing, or is a link that leads to nothing"
 
 
@@ -542,8 +542,8 @@ def read_datasets(data: Path, names: Iterable[str], seed: int = 0, skip_bad: boo
 def n_sharing(conversations: list[Conversation], others: list[Conversation]) -> int:
     """How many of the conversations show an image that one of the others shows, too.
 
-    `data.split` draws conversations, as the paper does, and datasets share images. So what a model learned about an
-    image in training can help it in validation; train.py says how often.
+    `data.split` draws conversations, as the paper does, and datasets share images. So what a model learned about
+    an image in training can help it in validation; train.py says how often.
     """
     shown = [{image for round_ in each.rounds for image in round_.images} for each in conversations]
     elsewhere = {image for each in others for round_ in each.rounds for image in round_.images}

@@ -114,6 +114,23 @@ def counts(llama: LlamaConfig, vit: VisionConfig) -> dict[str, int]:
                 frozen=llama.num_hidden_layers * layer + embedding + llama.hidden_size + tower)
 
 
+# What a card can do at most, in FP16 or BF16 operations per second without sparsity, by its maker's data sheet.
+PEAK = {"H200 NVL": 835e12, "H200": 989e12, "H100 NVL": 835e12, "H100 PCIe": 756e12, "H100": 989e12,
+        "A100": 312e12, "V100": 125e12}
+
+
+def share_of_peak(speed: float, size: str, card: str, ranks: int) -> float | None:
+    """The share of what the cards can do that a speed in positions per second takes; None for an unknown card.
+
+    Only the matrices of LLaMA's layers count: 2 operations per value forward, 2 backward, none for the gradients
+    of frozen weights.
+    """
+    llama, vit = published_sizes(size)
+    needed = 4 * counts(llama, vit)["layer"] * llama.num_hidden_layers * speed
+    peaks = [peak for name, peak in PEAK.items() if name in card]
+    return needed / (ranks * peaks[0]) if peaks else None
+
+
 def zero_settings(options: Options, ranks: int) -> dict:
     """The part of DeepSpeed's settings that says what is shared out, and where it waits."""
     values = counts(*published_sizes(options.size))
@@ -241,23 +258,6 @@ def engine_for(model: VisualChat, options: Options, steps: int, universal: bool)
     settings["checkpoint"] = {**settings.get("checkpoint", {}), "load_universal": universal}
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=schedule, config=settings)
     return engine
-
-
-# What a card can do at most, in FP16 or BF16 operations per second without sparsity, by its maker's data sheet.
-PEAK = {"H200 NVL": 835e12, "H200": 989e12, "H100 NVL": 835e12, "H100 PCIe": 756e12, "H100": 989e12,
-        "A100": 312e12, "V100": 125e12}
-
-
-def share_of_peak(speed: float, size: str, card: str, ranks: int) -> float | None:
-    """The share of what the cards can do that a speed in positions per second takes; None for an unknown card.
-
-    Only the matrices of LLaMA's layers count: 2 operations per value forward, 2 backward, none for the gradients
-    of frozen weights.
-    """
-    llama, vit = published_sizes(size)
-    needed = 4 * counts(llama, vit)["layer"] * llama.num_hidden_layers * speed
-    peaks = [peak for name, peak in PEAK.items() if name in card]
-    return needed / (ranks * peaks[0]) if peaks else None
 
 
 # ---- a plan, before anything is paid for ----
