@@ -1,9 +1,9 @@
 """From conversations to batches: the prompt template, token ids with their kinds and labels, packed batches.
 
-    <s>{system}↵### Image 1: · · · ### Question: {question}↵### Answer: {answer}</s><s>### Image 2: · · · ### …
+    <s>{system}↵### Image 1: · · ·↵### Question: {question}↵### Answer: {answer}</s><s>↵### Image 2: · · ·↵### …
                              IMAGE                                      └── labels ──┘
 
-This is the template of Figure 3; ↵ is a line break. encode_round makes it, for training and for chat, and shows an
+This is the template of Figure 3; ↵ is a line break, so that every ### stands on a line of its own. encode_round makes it, for training and for chat, and shows an
 example. An image becomes as many positions of kind IMAGE as the ViT gives tokens, here three; they have no ids.
 All markers, such as `### Question:`, are plain text: special tokens made the paper's model worse (section 4.3).
 sources.py reads conversations from the nine datasets. Before: visualchat.py. Next: train.py.
@@ -31,7 +31,7 @@ from visualchat import IGNORE
 from vit import VisionConfig, VisionTransformer, load_pixels
 from weights import printable, read_file, replacing
 
-SYSTEM = "You look at images and answer questions about them."
+SYSTEM = "You are a powerful vision-language assistant."        # the paper's (Figure 3)
 MAX_POSITIONS = 4096            # LLaMA-2's context, image tokens included
 NO_TOKEN = 0                    # stands in `ids` at image tokens, whose embeddings come from the ViT instead
 
@@ -69,6 +69,10 @@ class Encoded:
     labels: list[int]
     images: list[ImageFile]
 
+    def __add__(self, other: "Encoded") -> "Encoded":
+        return Encoded(self.ids + other.ids, self.kind + other.kind, self.labels + other.labels,
+                       self.images + other.images)
+
     def add_text(self, ids: list[int], is_answer: bool = False):
         self.ids += ids
         self.kind += [TEXT] * len(ids)
@@ -81,15 +85,22 @@ class Encoded:
         self.images.append(image)
 
 
+def line_ids(text: str, tokenizer: Tokenizer) -> list[int]:
+    """The ids of a line break and `text`. They are the same wherever the line stands in a conversation.
+
+    sentencepiece puts a space before all that it encodes. Here the line break comes first, and what stands before it
+    is left out.
+    """
+    ids, line_break = tokenizer.encode(f"\n{text}"), tokenizer.encode("\n")[-1]
+    return ids[ids.index(line_break):]
+
+
 def encode_round(round_: Round, n_before: int, is_first: bool, tokenizer: Tokenizer, n_tokens: int) -> Encoded:
     """A round in Figure 3's template, after n_before images; each image takes n_tokens positions.
 
     For example Round((file,), "Which shape?", "star") after one image, with the tiny tokenizer and n_tokens = 3:
 
-        token   <s> ### Image  2 : · · · ### Question : Which shape ?   ↵ ### Answer : star </s>
-        ids       1   8    19 10 5 0 0 0   8       20 5    23    59 6 330   3     13 5   65    2
-        kind      T   T     T  T T I I I   T        T T     T     T T   T   T      T T    T    T
-        labels    -   -     -  - - - - -   -        - -     -     - -   -   -      - -   65    2
+TABLE
 
     T is TEXT, I is IMAGE, - is IGNORE. Only the answer and </s> have labels, which are their own ids: the model
     compares the logits of each position with the label of the next one. In chat the round has no answer yet; it
@@ -99,13 +110,11 @@ def encode_round(round_: Round, n_before: int, is_first: bool, tokenizer: Tokeni
     itself and then puts the rounds together. So a round in chat has the ids that the model was trained on.
     """
     out = Encoded([], [], [], [])
-    out.add_text([tokenizer.bos])
-    text = [SYSTEM] if is_first else []
+    out.add_text([tokenizer.bos, *(tokenizer.encode(SYSTEM) if is_first else [])])
     for number, image in enumerate(round_.images, n_before + 1):
-        out.add_text(tokenizer.encode("\n".join([*text, f"### Image {number}:"])))
+        out.add_text(line_ids(f"### Image {number}:", tokenizer))
         out.add_image(image, n_tokens)
-        text = []
-    out.add_text(tokenizer.encode("\n".join([*text, f"### Question: {round_.question}", "### Answer:"])))
+    out.add_text(line_ids(f"### Question: {round_.question}\n### Answer:", tokenizer))
     if round_.answer is not None:
         out.add_text([*tokenizer.encode(round_.answer), tokenizer.eos], is_answer=True)
     return out
@@ -121,7 +130,7 @@ def encode(rounds: list[Round], tokenizer: Tokenizer, n_tokens: int, limit: int 
         new = encode_round(round_, len(out.images), not out.ids, tokenizer, n_tokens)
         if len(out.ids) + len(new.ids) > limit:
             break
-        out = Encoded(out.ids + new.ids, out.kind + new.kind, out.labels + new.labels, out.images + new.images)
+        out += new
     if not out.ids:
         raise ValueError(f"the first round alone takes {len(new.ids)} positions, --positions and LLaMA allow "
                          f"{limit}: {len(rounds[0].images)} images and the question {rounds[0].question[:60]!r}")

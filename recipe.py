@@ -47,7 +47,6 @@ class Options:
                              "default 2e-3 for tiny, else 1e-3", least=0, kind=float)
     embedding_lr: float = option(None, "that of the token embedding; default that of --lr", least=0, kind=float)
     workers: int = option(2, "processes per rank that open images", least=0)
-    exam: int = option(240, "dialogues of each test set to answer after training the tiny size; 0: none", least=0)
     # Where?
     zero: int = option(3, "ZeRO stage: what the ranks share out among them", [0, 1, 2, 3])
     precision: str = option(None, "default fp16 on a GPU, fp32 on a CPU", ["fp16", "bf16", "fp32"], kind=str)

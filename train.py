@@ -32,8 +32,7 @@ from llama import Tokenizer
 from mmca import IMAGE
 from recipe import Options, command_line
 from sources import n_sharing, read_datasets
-from tiny.exam import run_exam, table_text
-from tiny.world import DATA, TESTS, ensure
+from tiny.world import DATA, ensure
 from visualchat import IGNORE, ModelConfig, VisualChat, save, towers, whole_answers
 from vit import VisionTransformer
 from weights import replacing
@@ -346,11 +345,6 @@ def run(options: Options) -> bool:
         say(f"stopped; the same command with --resume goes on from {out}")
         return False
 
-    if options.exam and (data / TESTS[0]).exists():
-        table = run_exam(engine.module, tokenizer, data, options.exam, quiet=rank != 0)
-        if rank == 0:
-            write_csv(table, out / "eval.csv")
-            print(table_text(table))
     if rank == 0:
         remove_checkpoints(options)
     say(f"{out} holds the result; log.csv and loss.png show how it came about. Talk to it with\n"

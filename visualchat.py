@@ -26,6 +26,7 @@ from weights import check_tensors, find_weights, read_file, read_json, replacing
 
 IGNORE = -100                   # the label of a position that is no part of an answer and has no loss
 TRAINED, CONFIG = "trained.safetensors", "config.json"      # the two files of a training result
+TEMPLATE = 2                    # the version of data.py's prompt template, which a result was trained with
 
 
 def choose(logits: Tensor, temperature: float, top_p: float) -> Tensor:
@@ -180,7 +181,7 @@ def save(folder: Path, trained: dict[str, Tensor], config: ModelConfig):
     folder.mkdir(parents=True, exist_ok=True)
     with replacing(folder / TRAINED) as weights, replacing(folder / CONFIG) as settings:
         save_file({name: t.detach().cpu().contiguous() for name, t in trained.items()}, weights)
-        settings.write_text(json.dumps(asdict(config), indent=2) + "\n")
+        settings.write_text(json.dumps(asdict(config) | {"template": TEMPLATE}, indent=2) + "\n")
 
 
 def load_trained(model: VisualChat, tensors: dict[str, Tensor], source: Path):
@@ -202,6 +203,9 @@ def load(folder: Path, dtype=torch.float32, device="cpu") -> tuple[VisualChat, M
             raise FileNotFoundError(f"no {folder / name}: not the folder of a training result, or its first epoch "
                                     "has not ended; `python train.py --size tiny` makes out/tiny")
     found = read_json(folder / CONFIG)
+    if (template := found.pop("template", 1)) != TEMPLATE:
+        raise ValueError(f"{folder} was trained with version {template} of the prompt template, and data.py has "
+                         f"version {TEMPLATE}: train it again")
     if unknown := set(found) - {field.name for field in fields(ModelConfig)}:
         raise ValueError(f"{folder / CONFIG} has unknown settings: {', '.join(sorted(unknown))}")
     config = ModelConfig(**found)

@@ -1,95 +1,198 @@
-"""The exam of the tiny world: does a trained model answer questions about images that it has never seen?
+"""The exam of the tiny world: what does a trained model answer about drawings, in words that it has never seen?
 
-Every question of the two test sets is asked in three ways. An answer is right if it is right word for word.
+    python -m tiny.exam                        the newest result under out/
+    python -m tiny.exam --model weights/tiny/chat
 
-    exact    after the rounds before it, with their right answers
-    alone    in a first round that shows all the images at once
-    blind    as exact, but every image is gray, which shows how much can be guessed
-
-Before: tiny/world.py, which draws the test sets. Next: train.py, which writes the rows to eval.csv.
+Every conversation of the test sets is held as in chat.py, with the model's own answers in its history. An answer
+counts if it is right word for word. Once more with every image gray ("blind"), to show how much can be guessed.
+eval.csv in the result's folder gets every answer. Before: tiny/world.py, which draws the test sets.
 """
-import random
-from dataclasses import replace
-from itertools import product
+import csv
+import math
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from data import Round, collate, encode, to_tensors
+from chat import newest
+from data import Encoded, Round, collate, encode, encode_round, to_tensors
 from llama import Cache, Tokenizer
 from sources import COCO, DIALOGUE, Reader, llava
-from tiny.world import TESTS, TOPICS, topic_of
-from visualchat import VisualChat
+from tiny.wording import BESIDE, REFUSALS
+from tiny.world import DATA, TESTS, ensure_tests
+from visualchat import VisualChat, load, towers
+from weights import read_json, replacing
 
-WAYS = ("exact", "alone", "blind")
-AT_ONCE, MAX_ANSWER = 64, 12                # questions in a batch; tokens of an answer: right ones have up to 9
-
-
-def exam_questions(folder: Path, n: int) -> list[list[Round]]:
-    """All questions of n conversations of a test set, always the same: each as the rounds up to its own."""
-    found = list(llava(Reader(folder.name, folder), [folder / DIALOGUE], folder / COCO))
-    chosen = random.Random(0).sample(found, min(n, len(found)))
-    asked = [one.rounds[:i] for one in chosen for i in range(1, len(one.rounds) + 1)]
-    return sorted(asked, key=lambda rounds: len(rounds[-1].answer))         # Short answers end together.
+AT_ONCE, MAX_ANSWER = 80, 12                # conversations in a batch; tokens of an answer: right ones have up to 9
 
 
-def prompt(rounds: list[Round], way: str) -> list[Round]:
-    """The rounds that the model reads, the last one without its answer."""
-    last = replace(rounds[-1], answer=None)
-    if way == "alone":
-        return [replace(last, images=sum((each.images for each in rounds), ()))]
-    return [*rounds[:-1], last]
+@dataclass(frozen=True)
+class Marked:
+    """A question of the exam and what was answered; a line of eval.csv."""
+    test: str                   # the test set
+    conversation: int
+    round: int                  # counted from 1
+    images: int                 # how many were shown so far
+    topic: str
+    question: str
+    expected: str
+    answer: str
+    blind: str                  # the answer with gray images
+
+
+# ---- conversations with a model ----
+
+def read_test(folder: Path) -> list[tuple[list[Round], list[str]]]:
+    """The conversations of a test set, each with the topics of its questions."""
+    found = llava(Reader(folder.name, folder), [folder / DIALOGUE], folder / COCO)
+    topics = [record["topics"] for record in read_json(folder / DIALOGUE, list)]
+    return [(one.rounds, each) for one, each in zip(found, topics, strict=True)]
 
 
 @torch.no_grad()
-def greedy_answers(model: VisualChat, tokenizer: Tokenizer, prompts: list[list[Round]], blind: bool) -> list[str]:
-    """What the model answers if it always takes the likeliest token. If blind, it sees gray images."""
-    vision, device, eos = model.vit.config, model.projection.weight.device, tokenizer.eos
-    batch = collate([to_tensors(encode(rounds, tokenizer, vision.n_queries), vision.image_size)
-                     for rounds in prompts])
-    ids, kind, images = (batch[name].to(device) for name in ("ids", "kind", "images"))
-    images = torch.zeros_like(images) if blind else images      # Pixels are normalized: zero is a medium gray.
-    x = model.embed(ids, kind, model.image_tokens(images))
-    cache = Cache(model.llama, len(prompts), room=max(batch["lengths"]) + MAX_ANSWER)
-    tokens, ended = [], torch.zeros(len(prompts), dtype=torch.bool, device=device)
-    for token in model.generate(model.prefill(x, kind, cache, batch["lengths"]), cache, MAX_ANSWER):
-        tokens.append(token)
-        ended |= token == eos
-        if ended.all():
-            break
-    return [tokenizer.decode(answer[:answer.index(eos)] if eos in answer else answer)
-            for answer in torch.stack(tokens, dim=1).tolist()]
+def converse(model: VisualChat, tokenizer: Tokenizer, conversations: list[list[Round]], blind: bool) -> list[list]:
+    """Ask the questions of conversations with equally many rounds, and let the model take the likeliest tokens.
 
-
-def run_exam(model: VisualChat, tokenizer: Tokenizer, data: Path, n: int, quiet: bool = False) -> list[dict]:
-    """Rows of eval.csv: shares of right answers by test set, images shown and topic; n conversations of each set.
-
-    Under ZeRO-3 all ranks must call it together, because they gather the weights of a module together.
+    Returns the answers of each round. The model goes on from its own answers. If blind, it sees gray images.
     """
+    vision, device, eos, n = model.vit.config, model.projection.weight.device, tokenizer.eos, len(conversations)
+    text = max(len(encode(rounds, tokenizer, n_tokens=0).ids) for rounds in conversations)     # with right answers
+    cache = Cache(model.llama, n, room=text + MAX_ANSWER * len(conversations[0]))
+    shown, said, answers = [0] * n, [[] for _ in range(n)], []
+    for rounds in zip(*conversations, strict=True):
+        examples = []
+        for i, round_ in enumerate(rounds):
+            new = Encoded([], [], [], [])
+            new.add_text(said[i])                               # the cache lacks the last answer
+            asked = encode_round(replace(round_, answer=None), shown[i], not answers, tokenizer, vision.n_queries)
+            examples.append(to_tensors(new + asked, vision.image_size))
+            shown[i] += len(round_.images)
+        batch = collate(examples)
+        ids, kind, images = (batch[name].to(device) for name in ("ids", "kind", "images"))
+        images = torch.zeros_like(images) if blind else images  # Pixels are normalized: zero is a medium gray.
+        x = model.embed(ids, kind, model.image_tokens(images))
+        logits, tokens, ended = model.prefill(x, kind, cache, batch["lengths"]), [], torch.zeros(n, dtype=torch.bool)
+        before = cache.past
+        for token in model.generate(logits, cache, MAX_ANSWER):
+            tokens.append(token.cpu())
+            ended |= tokens[-1] == eos
+            if ended.all():
+                break
+        cache.past = before                                     # The answers end at different times.
+        found = torch.stack(tokens, dim=1).tolist()
+        found = [answer[:answer.index(eos)] if eos in answer else answer for answer in found]
+        said = [[*answer, eos] for answer in found]
+        answers.append([tokenizer.decode(answer) for answer in found])
+    return [list(each) for each in zip(*answers)]
+
+
+def run_exam(model: VisualChat, tokenizer: Tokenizer, data: Path) -> list[Marked]:
+    """All questions of all test sets, which are drawn if they are not there."""
     model.eval()
-    table = []
-    for test in TESTS:
-        asked, right = exam_questions(data / test, n), {way: [] for way in WAYS}
-        for way in WAYS:
-            for start in tqdm(range(0, len(asked), AT_ONCE), f"exam, {way}", leave=False, disable=quiet):
-                part = asked[start:start + AT_ONCE]
-                prompts = [prompt(rounds, way) for rounds in part]
-                answers = greedy_answers(model, tokenizer, prompts, blind=way == "blind")
-                right[way] += [answer == rounds[-1].answer for answer, rounds in zip(answers, part)]
-        shown = ["one" if sum(len(each.images) for each in rounds) == 1 else "several" for rounds in asked]
-        topics = [topic_of(rounds[-1].question) for rounds in asked]
-        for images, topic in product(("one", "several"), ("all", *TOPICS)):
-            chosen = [i for i in range(len(asked)) if shown[i] == images and topic in ("all", topics[i])]
-            if chosen:
-                shares = {way: round(sum(right[way][i] for i in chosen) / len(chosen), 4) for way in WAYS}
-                table.append(dict(test=test, images=images, topic=topic, questions=len(chosen), **shares))
-    return table
+    marked = []
+    for folder in ensure_tests(data):
+        test = read_test(folder)
+        for start in tqdm(range(0, len(test), AT_ONCE), f"exam, {folder.name}", leave=False):
+            part = test[start:start + AT_ONCE]
+            seeing, blind = (converse(model, tokenizer, [rounds for rounds, _ in part], blind)
+                             for blind in (False, True))
+            for i, (rounds, topics) in enumerate(part):
+                shown = 0
+                for j, (round_, topic) in enumerate(zip(rounds, topics)):
+                    shown += len(round_.images)
+                    marked.append(Marked(folder.name, start + i, j + 1, shown, topic, round_.question, round_.answer,
+                                         seeing[i][j], blind[i][j]))
+    return marked
 
 
-def table_text(rows: list[dict]) -> str:
-    """The rows of `run_exam` as a table to print."""
-    lines = (rows[0], *(row.values() for row in rows))
-    return ("fresh drawings, one or several images shown: share of answers right word for word,\n"
-            "after the true rounds before (exact), as a first question (alone), with gray images (blind)\n"
-            + "\n".join("  ".join(f"{value:<11}" for value in line) for line in lines))
+# ---- what it says ----
+
+def is_good(one: Marked) -> bool:
+    """Whether a question is about images that are there."""
+    return one.topic not in BESIDE
+
+
+# The lines of the table: name, which questions count.
+GROUPS: dict[str, Callable[[Marked], bool]] = {
+    **{f"{test} pairs, {images}": lambda one, test=test, images=images: (
+        one.test == test and is_good(one) and (one.images > 1) == (images == "several"))
+       for test in ("seen", "unseen") for images in ("one image", "several")},
+    **{f'{test} pairs, "which"': lambda one, test=test: one.test == test and one.topic == "which"
+       for test in ("seen", "unseen")},
+    "wordings never seen": lambda one: one.test == "wordings" and is_good(one),
+    "lower case, no marks": lambda one: one.test == "lower" and is_good(one),
+    "rounds 13 to 16": lambda one: one.round > 12 and is_good(one),
+    "rounds 13 to 16, up to 3 images": lambda one: one.round > 12 and one.images < 4 and is_good(one),
+    **{f"{n} images": lambda one, n=n: one.test == "long" and one.images == n and is_good(one) for n in range(1, 9)},
+    "absent image": lambda one: one.topic == "absent",
+    "outside of its world": lambda one: one.topic == "outside",
+    "small talk": lambda one: one.topic in ("hello", "thanks"),
+}
+
+
+def percent(right: list[bool]) -> float:
+    return 100 * sum(right) / max(len(right), 1)
+
+
+def table(marked: list[Marked]) -> dict[str, dict]:
+    """For each group of questions: how many, percent right, its standard error, the weakest topic of at least 20
+    questions, percent right with gray images. And how many good questions are refused, in percent."""
+    lines = {}
+    for name, counts in GROUPS.items():
+        chosen = [one for one in marked if counts(one)]
+        right = [one.answer == one.expected for one in chosen]
+        share = percent(right)
+        topics = {one.topic: [each.answer == each.expected for each in chosen if each.topic == one.topic]
+                  for one in chosen}
+        weakest = min(((percent(each), topic) for topic, each in topics.items() if len(each) >= 20), default=(0, "-"))
+        lines[name] = dict(questions=len(chosen), right=share,
+                           error=math.sqrt(share * (100 - share) / max(len(chosen), 1)), weakest=weakest[0],
+                           topic=weakest[1], blind=percent([one.blind == one.expected for one in chosen]))
+    good = [one for one in marked if is_good(one)]
+    refused = percent([one.answer in REFUSALS for one in good])
+    lines["good questions refused"] = dict(questions=len(good), right=refused, error=math.sqrt(
+        refused * (100 - refused) / max(len(good), 1)), weakest=0, topic="-", blind=0)
+    return lines
+
+
+def table_text(lines: dict[str, dict]) -> str:
+    """The lines of `table` to print."""
+    text = f"{'percent right, word for word':<33}questions   right   +-    weakest topic      gray images\n"
+    return text + "\n".join(
+        f"{name:<33}{line['questions']:>9} {line['right']:>7.1f} {line['error']:>5.1f}   "
+        f"{line['weakest']:>5.1f} {line['topic']:<9} {line['blind']:>12.1f}" for name, line in lines.items())
+
+
+def write_marked(marked: list[Marked], path: Path):
+    with replacing(path) as unfinished, open(unfinished, "w", newline="") as file:
+        writer = csv.DictWriter(file, asdict(marked[0]))
+        writer.writeheader()
+        writer.writerows(asdict(one) for one in marked)
+
+
+def read_marked(path: Path) -> list[Marked]:
+    """The lines of an eval.csv."""
+    with open(path, newline="") as file:
+        return [Marked(**{name: int(value) if name in ("conversation", "round", "images") else value
+                          for name, value in row.items()}) for row in csv.DictReader(file)]
+
+
+def main():
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, help="folder of a training result; default the newest under out/")
+    parser.add_argument("--data", type=Path, default=DATA, help="the test sets lie in its folder tests")
+    options = parser.parse_args()
+    folder = options.model or newest(Path("out"))
+    model, config = load(folder)
+    marked = run_exam(model, Tokenizer(towers(config)[0]), options.data)
+    write_marked(marked, folder / "eval.csv")
+    print(f"{folder}, {config.attention} attention, {len(marked)} questions of {len(TESTS)} test sets; "
+          f"{folder / 'eval.csv'} has every answer")
+    print(table_text(table(marked)))
+
+
+if __name__ == "__main__":
+    main()

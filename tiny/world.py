@@ -13,7 +13,8 @@ import json
 import math
 import random
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from io import BytesIO
 from itertools import combinations, product
 from pathlib import Path
@@ -21,24 +22,21 @@ from pathlib import Path
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from sources import COCO, DETAIL, DIALOGUE, MARK, SOURCES, SPARKLES_MARK, TAGS
+from sources import COCO, DETAIL, DIALOGUE, MARK, SOURCES, SPARKLES_MARK
+from tiny.wording import (ABOUT_ONE, ATTRIBUTES, COMPARING, HELLO, LATEST, NO_IMAGE, NONE, NO_SUCH, OUTSIDE, TOPICS, WELCOME,
+                          Ask, Wording, name_of)
 from weights import replacing
 
-ATTRIBUTES = {"size": ["small", "big"], "color": ["red", "pink", "yellow", "green", "blue", "purple"],
-              "shape": ["circle", "square", "triangle", "star"],
-              "place": ["left", "right", "top", "bottom", "center"]}
-COMPARING = ("any", "which", "same", "changed")             # topics of the questions that compare images
-TOPICS = (*ATTRIBUTES, "describe", *COMPARING)
 Scene = tuple[str, str, str, str]           # what an image shows: a value of each attribute, in their order
 HELD_OUT = {("red", "star"), ("pink", "circle"), ("yellow", "square"),      # pairs that training never sees
             ("green", "triangle"), ("blue", "star"), ("purple", "circle")}
-ALL_SCENES = set(product(*ATTRIBUTES.values()))
-UNSEEN = {scene for scene in ALL_SCENES if scene[1:3] in HELD_OUT}
+VALUES = [value for values in ATTRIBUTES.values() for value in values]
+ALL_SCENES = frozenset(product(*ATTRIBUTES.values()))
+UNSEEN = frozenset(scene for scene in ALL_SCENES if scene[1:3] in HELD_OUT)
 SEEN = ALL_SCENES - UNSEEN
 EXAMPLES = {"a.png": ("big", "red", "circle", "left"), "b.png": ("big", "blue", "circle", "left"),
             "c.png": ("small", "yellow", "star", "top")}
-DATA, TESTS = Path("data/tiny"), ("test_seen", "test_unseen")
-N_CONVERSATIONS, N_TEST = 1600, 240         # in the file of llava_dial, and in each test set
+DATA, N_CONVERSATIONS = Path("data/tiny"), 1600             # in the file of llava_dial
 
 
 # ---- images ----
@@ -53,20 +51,22 @@ CORNERS = {"circle": [1] * 60, "square": [1] * 4, "triangle": [1] * 3, "star": [
 def draw_scene(scene: Scene, rng: random.Random, side: int = 224) -> Image.Image:
     """An image of the scene, side × side. Light, place, radius, rotation and color vary a little each time."""
     size, color, shape, place = scene
-    light, big = rng.randint(170, 245), 2 * side            # drawn twice as big and then reduced: smooth edges
-    shade = Image.linear_gradient("L").rotate(rng.choice([0, 90, 180, 270])).resize((big, big))
+    shade = Image.linear_gradient("L").resize((side, side)).transpose(rng.choice(list(Image.Transpose)))
+    light = rng.randint(170, 245)
     image = Image.merge("RGB", [shade.point(lambda value: light - value // 6)] * 3)
-    x, y = (big * (share + rng.uniform(-.04, .04)) for share in CENTER[place])
-    radius = big * (rng.uniform(.18, .21) if size == "big" else rng.uniform(.08, .10))
+    x, y = (side * (share + rng.uniform(-.04, .04)) for share in CENTER[place])
+    radius = side * (rng.uniform(.18, .21) if size == "big" else rng.uniform(.08, .10))
     rotation = rng.uniform(-.2, .2) + (math.pi / 4 if shape == "square" else 0)
     angle = 2 * math.pi / len(CORNERS[shape])
-    corners = [(x + radius * r * math.sin(rotation + i * angle), y - radius * r * math.cos(rotation + i * angle))
+    corners = [(2 * (x + radius * r * math.sin(rotation + i * angle)), 2 * (y - radius * r * math.cos(rotation + i * angle)))
                for i, r in enumerate(CORNERS[shape])]
-    ImageDraw.Draw(image).polygon(corners, tuple(min(255, value + rng.randint(-12, 12)) for value in RGB[color]))
-    return image.resize((side, side), Image.Resampling.LANCZOS)
+    mask = Image.new("L", (2 * side, 2 * side))             # drawn twice as big and then reduced: smooth edges
+    ImageDraw.Draw(mask).polygon(corners, 255)
+    image.paste(tuple(min(255, value + rng.randint(-12, 12)) for value in RGB[color]), mask=mask.reduce(2))
+    return image
 
 
-def random_scene(rng: random.Random, earlier: list[Scene], allowed: set[Scene]) -> Scene:
+def random_scene(rng: random.Random, earlier: list[Scene], allowed: frozenset[Scene]) -> Scene:
     """An allowed scene. If there are earlier ones, three in five copy one but draw one attribute anew."""
     while True:
         scene = tuple(rng.choice(values) for values in ATTRIBUTES.values())
@@ -79,60 +79,67 @@ def random_scene(rng: random.Random, earlier: list[Scene], allowed: set[Scene]) 
 
 # ---- questions and answers ----
 
-def questions(scenes: list[Scene], names: list[str]) -> Iterator[tuple[str, str, str]]:
-    """Every (topic, question, answer) about images that are called `names`. Several images are also compared."""
-    for name, (size, color, shape, place) in zip(names, scenes):
-        yield "size", f"What size is the shape in {name}?", size
-        yield "color", f"What color is the shape in {name}?", color
-        yield "shape", f"What shape is in {name}?", shape
-        yield "place", f"Where is the shape in {name}?", place
-        yield "describe", f"Describe {name}.", f"A {size} {color} {shape} at the {place}."
+def questions(scenes: list[Scene]) -> Iterator[tuple[Ask, str]]:
+    """Everything that can be asked about images with these scenes, and the answer. Several are also compared."""
+    for i, scene in enumerate(scenes):
+        for attribute, value in zip(ATTRIBUTES, scene):
+            yield Ask(attribute, (i,)), value
+        yield Ask("describe", (i,)), "A {} {} {} at the {}.".format(*scene)
+        for value in VALUES:
+            yield Ask("is", (i,), value), "yes" if value in scene else "no"
     if len(scenes) == 1:
         return
-    phrases = {"size": "a {} shape", "color": "a {} shape", "shape": "a {}", "place": "a shape at the {}"}
-    for attribute, values in ATTRIBUTES.items():
-        for value in values:
-            phrase = phrases[attribute].format(value)
-            having = [name for name, scene in zip(names, scenes) if value in scene]
-            yield "any", f"Does any image show {phrase}?", "yes" if having else "no"
-            if len(having) == 1:
-                yield "which", f"Which image shows {phrase}?", having[0]
-    for (one, a), (other, b) in combinations(zip(names, scenes), 2):
+    for value in VALUES:
+        having = [i for i, scene in enumerate(scenes) if value in scene]
+        yield Ask("any", about=value), "yes" if having else "no"
+        if len(having) < 2:                         # With several the answer would be a list.
+            yield Ask("which", about=value), f"image {having[0] + 1}" if having else NONE
+    for (i, a), (j, b) in combinations(enumerate(scenes), 2):
         differing = [attribute for attribute, x, y in zip(ATTRIBUTES, a, b) if x != y]
         for attribute in ATTRIBUTES:
-            answer = "no" if attribute in differing else "yes"
-            yield "same", f"Do {one} and {other} have the same {attribute}?", answer
+            yield Ask("same", (i, j), attribute), "no" if attribute in differing else "yes"
         if len(differing) == 1:
-            yield "changed", f"What changed from {one} to {other}?", f"the {differing[0]}"
+            yield Ask("changed", (i, j)), f"the {differing[0]}"
 
 
-def random_question(scenes: list[Scene], names: list[str], rng: random.Random) -> tuple[str, str, str]:
-    """A random one of `questions`. If there are several images, three in five compare them."""
+def random_question(scenes: list[Scene], rng: random.Random, topics: Iterable[str] = ()) -> tuple[Ask, str]:
+    """A random one of `questions`, of these topics if any are given. Of several images three in five compare."""
     table = {}
-    for topic, question, answer in questions(scenes, names):
-        table.setdefault(topic, {}).setdefault(answer, []).append(question)
+    for ask, answer in questions(scenes):
+        table.setdefault(ask.topic, {}).setdefault(answer, []).append(ask)
     compare = len(scenes) > 1 and rng.random() < .6
-    topic = rng.choice([topic for topic in table if (topic in COMPARING) == compare])
+    topic = rng.choice([topic for topic in topics or table if topic in table
+                        and (topics or (topic in COMPARING) == compare)])
     answer = rng.choice(list(table[topic]))         # All answers are equally likely, so guessing does not help.
-    return topic, rng.choice(table[topic][answer]), answer
+    return rng.choice(table[topic][answer]), answer
 
 
-def different_questions(scenes: list[Scene], names: list[str], n: int, rng: random.Random) -> list[tuple]:
-    """n random (question, answer), no two with the same question."""
-    found = {}
-    while len(found) < n:
-        _, question, answer = random_question(scenes, names, rng)
-        found[question] = answer
-    return list(found.items())
+def beside(n_shown: int, rng: random.Random) -> tuple[str, Ask, str]:
+    """(topic, what is asked, answer) of a round that asks for what cannot be seen, or is small talk."""
+    topic = rng.choice(["hello", "absent", "absent", "outside"] if not n_shown
+                       else ["thanks", "hello", "absent", "absent", "absent", "absent", "outside", "outside"])
+    if topic != "absent":
+        return topic, Ask(topic, (rng.randrange(max(n_shown, 1)),)), dict(hello=HELLO, thanks=WELCOME,
+                                                                          outside=OUTSIDE)[topic]
+    missing = rng.choice([n_shown, rng.randrange(n_shown, 9), rng.randrange(n_shown, 9), rng.randrange(9, 30)])
+    about = rng.choice([*ABOUT_ONE, "same", "changed"] if n_shown else [*ABOUT_ONE, *COMPARING])
+    images = () if about in ("any", "which") else (missing,)
+    if about in ("same", "changed"):
+        images = tuple(rng.sample([missing, rng.choice([i for i in range(9) if i != missing])], 2))
+    value = rng.choice(list(ATTRIBUTES) if about == "same" else VALUES)
+    return topic, Ask(about, images, value), NO_SUCH if n_shown else NO_IMAGE
 
 
-def dialogue(n_images: int, n_rounds: int, rng: random.Random, allowed: set[Scene]) -> tuple[list[Scene], list]:
+def dialogue(n_images: int, n_rounds: int, rng: random.Random, allowed: frozenset[Scene], wording: Wording = Wording(),
+             n_beside: float = .15) -> tuple[list[Scene], list]:
     """A conversation: its scenes, and its rounds as (scenes of new images, topic, question, answer).
 
-    All images come by its middle. If the latest one came alone, some questions call it "the image".
+    All images come by its middle. n_beside: the share of rounds that are not about what an image shows. One in
+    five conversations begins with such a round, before any image.
     """
-    names = TAGS[0] if rng.random() < .8 else rng.choice(TAGS[1:])
-    starts = [0] + [rng.choice([0, rng.randrange(n_rounds // 2 + 1)]) for _ in range(n_images - 1)]
+    late = n_rounds > 3 and rng.random() < min(n_beside, .2)
+    starts = [int(late)] + [rng.choice([int(late), rng.randrange(int(late), n_rounds // 2 + 1)])
+                            for _ in range(n_images - 1)]
     scenes, rounds, alone = [], [], False
     for i in range(n_rounds):
         before = len(scenes)
@@ -140,18 +147,26 @@ def dialogue(n_images: int, n_rounds: int, rng: random.Random, allowed: set[Scen
             scenes.append(random_scene(rng, scenes, allowed))
         new = scenes[before:]
         alone = len(new) == 1 if new else alone
-        topic, question, answer = random_question(scenes, names, rng)
-        if alone and topic not in COMPARING and rng.random() < .3:
-            question = question.replace(names[len(scenes) - 1], "the image")
-        rounds.append((new, topic, question, answer))
+        if not scenes or rng.random() < n_beside:
+            topic, ask, answer = beside(len(scenes), rng)
+        else:
+            ask, answer = random_question(scenes, rng)
+            topic = ask.topic
+        latest = len(scenes) - 1
+        names = [name_of(i, i == latest, rng) for i in ask.images]
+        short = not scenes or alone and ask.images == (latest,)         # "the image" is clear
+        rounds.append((new, topic, wording.question(ask, names, short, rng), answer))
     return scenes, rounds
 
 
-def topic_of(question: str) -> str:
-    """The topic of a question, from its first words."""
-    first, second = question.split()[:2]
-    known = {"Describe": "describe", "Where": "place", "Which": "which", "Does": "any", "Do": "same"}
-    return known.get(first, second)
+def different_questions(scenes: list[Scene], n: int, rng: random.Random) -> list[tuple[str, str]]:
+    """n random (question, answer), no two with the same question; a single image is "the image"."""
+    found = {}
+    while len(found) < n:
+        ask, answer = random_question(scenes, rng)
+        names = [rng.choice(LATEST) if len(scenes) == 1 else name_of(i, False, rng) for i in ask.images]
+        found[Wording().question(ask, names, len(scenes) == 1, rng)] = answer
+    return list(found.items())
 
 
 # ---- the formats of the nine datasets ----
@@ -186,23 +201,35 @@ def llava_record(names: list[str], rounds: list[tuple[int, str, str]]) -> dict:
     return {"id": names[0], "image": files if len(files) > 1 else files[0], "conversations": messages}
 
 
-def write_llava_dial(folder: Path, n: int, images: ImageFolder, allowed: set[Scene], least_images: int):
-    """LLaVA's conversation_58k.json: n records of six rounds about up to three images."""
+@dataclass(frozen=True)
+class Dialogues:
+    """What the dialogues of a file are like; the first has counts[0] images, and so on, over and over."""
+    n: int
+    counts: tuple[int, ...] = (1, 2, 3)
+    n_rounds: int = 6
+    allowed: frozenset[Scene] = SEEN
+    wording: Wording = Wording()
+
+
+def write_llava_dial(folder: Path, dialogues: Dialogues, images: ImageFolder):
+    """LLaVA's conversation_58k.json. The topics of a record's questions are noted in it, for the exam."""
     records = []
-    for i in tqdm(range(n), f"drawing {folder}", leave=False):
-        scenes, rounds = dialogue(least_images + i % (4 - least_images), 6, images.rng, allowed)
-        records.append(llava_record([images.add(scene) for scene in scenes],
-                                    [(len(new), question, answer) for new, _, question, answer in rounds]))
+    for i in tqdm(range(dialogues.n), f"drawing {folder}", leave=False):
+        scenes, rounds = dialogue(dialogues.counts[i % len(dialogues.counts)], dialogues.n_rounds, images.rng,
+                                  dialogues.allowed, dialogues.wording)
+        record = llava_record([images.add(scene) for scene in scenes],
+                              [(len(new), question, answer) for new, _, question, answer in rounds])
+        records.append(record | {"topics": [topic for _, topic, *_ in rounds]})
     write_json(folder / DIALOGUE, records)
 
 
-def write_llava(folder: Path, n: int, images: ImageFolder, allowed: set[Scene]) -> list[tuple[str, Scene]]:
+def write_llava(folder: Path, n: int, images: ImageFolder, allowed: frozenset[Scene]) -> list[tuple[str, Scene]]:
     """LLaVA's other two files: n records of three rounds about one image; returns (name, scene) of all images."""
     records, shown = [], []
     for _ in tqdm(range(n), f"drawing {folder}", leave=False):
         scene = random_scene(images.rng, [scene for _, scene in shown[-1:]], allowed)
         shown.append((images.add(scene), scene))
-        rounds = different_questions([scene], ["the image"], 3, images.rng)
+        rounds = different_questions([scene], 3, images.rng)
         records.append(llava_record([shown[-1][0]], [(int(i == 0), *pair) for i, pair in enumerate(rounds)]))
     for file, part in zip(DETAIL, (records[::2], records[1::2])):
         write_json(folder / file, part)
@@ -214,14 +241,14 @@ def write_instructions(folder: Path, code: str, groups: list[list[tuple[str, Sce
     data = {}
     for i, group in enumerate(groups):
         keys = [f"{code}_INS_{3 * i + k:06d}" for k in range(3)]
-        rounds = different_questions([scene for _, scene in group], TAGS[0], 3, rng)
+        rounds = different_questions([scene for _, scene in group], 3, rng)
         for key, (question, answer) in zip(keys, rounds):
             data[key] = {"instruction": question, "answer": answer, "rel_ins_ids": [k for k in keys if k != key],
                          "image_ids": [f"{code}_IMG_{name}" for name, _ in group]}
     write_json(folder / f"MIMIC-IT/{code}_instructions.json", {"meta": {"version": "tiny"}, "data": data})
 
 
-def write_mimicit(folder: Path, code: str, n: int, most_images: int, rng: random.Random, allowed: set[Scene]):
+def write_mimicit(folder: Path, code: str, n: int, most_images: int, rng: random.Random, allowed: frozenset[Scene]):
     """A part of MIMIC-IT whose images are base64 text in a JSON file: n groups of 2 to most_images images."""
     groups, texts = [[] for _ in range(n)], {}
     for i, group in enumerate(groups):
@@ -235,7 +262,7 @@ def write_mimicit(folder: Path, code: str, n: int, most_images: int, rng: random
     write_json(folder / f"MIMIC-IT/{code}.json", texts)
 
 
-def write_sparkles(folder: Path, name: str, n: int, rng: random.Random, allowed: set[Scene]):
+def write_sparkles(folder: Path, name: str, n: int, rng: random.Random, allowed: frozenset[Scene]):
     """A part of SparklesDialogue: n conversations of two rounds, which add two images and then one."""
     images, conversations = ImageFolder(folder / name / "images", rng, digits=1), []
     for _ in range(n):
@@ -244,9 +271,10 @@ def write_sparkles(folder: Path, name: str, n: int, rng: random.Random, allowed:
             for _ in range(n_new):
                 scenes.append(random_scene(rng, scenes, allowed))
                 shown.append({"image_id": int(images.add(scenes[-1])), "caption": " ".join(scenes[-1])})
-            tags, topic = [f"IMAGE#{image['image_id']}" for image in shown], "which"
-            while topic == "which":         # Its answer is a name, which sources.py would begin with a capital.
-                topic, question, answer = random_question(scenes, tags, rng)
+            # Not "which", because its answer names an image.
+            ask, answer = random_question(scenes, rng, [topic for topic in TOPICS if topic != "which"])
+            tags = [f"IMAGE#{shown[i]['image_id']}" for i in ask.images]
+            question = Wording(plain=True).question(ask, tags, False, rng)
             messages += [{"role": "user", "content": question + SPARKLES_MARK * n_new, "images": shown[-n_new:]},
                          {"role": "assistant", "content": answer}]
         conversations.append({"dialogue": messages})
@@ -255,33 +283,46 @@ def write_sparkles(folder: Path, name: str, n: int, rng: random.Random, allowed:
 
 # ---- the whole ----
 
-def write_world(folder: Path, n: int, seed: int, allowed: set[Scene] = SEEN):
-    """All nine datasets, from allowed scenes: n records each for llava and llava_dial, fewer for the others."""
+# Each test set has dialogues of its own, about fresh drawings. data/tiny/tests/<name> holds it.
+TESTS = {"seen": Dialogues(240), "unseen": Dialogues(240, allowed=UNSEEN),
+         "wordings": Dialogues(160, wording=Wording(unseen=True)),
+         "lower": Dialogues(160, wording=Wording(lower=True)),
+         "long": Dialogues(160, (1, 2, 3, 4, 5, 6, 7, 8), 16)}
+
+
+def write_world(folder: Path, n: int, seed: int):
+    """All nine datasets, from seen scenes: n records each for llava and llava_dial, fewer for the others."""
     rng = random.Random(seed)
     images = ImageFolder(folder / COCO, rng)
-    write_llava_dial(folder, n, images, allowed, least_images=2)
-    shown = write_llava(folder, n, images, allowed)
+    write_llava_dial(folder, Dialogues(n, (2, 3) * 6 + (4, 5, 6, 7, 8)), images)
+    shown = write_llava(folder, n, images, SEEN)
     write_instructions(folder, "CGD", [shown[i:i + 2] for i in range(0, n // 2, 2)], rng)   # about LLaVA's images
     for code, divisor, most_images in (("SD", 10, 2), ("SN", 50, 3), ("TVC", 50, 3), ("VST", 50, 3)):
-        write_mimicit(folder, code, n // divisor, most_images, rng, allowed)
+        write_mimicit(folder, code, n // divisor, most_images, rng, SEEN)
     for name in ("SparklesDialogueCC", "SparklesDialogueVG"):
-        write_sparkles(folder, name, n // 20, rng, allowed)
+        write_sparkles(folder, name, n // 20, rng, SEEN)
 
 
 def ensure(data: Path):
-    """Draw a data folder and the two test sets inside it, unless they are there already."""
-    for name, seed, allowed in zip(TESTS, (1, 2), (SEEN, UNSEEN)):
-        folder = data / name
-        if not (folder / DIALOGUE).exists():                    # It is written last.
-            write_llava_dial(folder, N_TEST, ImageFolder(folder / COCO, random.Random(seed)), allowed, 1)
-    if not all((data / file).exists() for file in SOURCES["sparkles_dialogue"].files):      # likewise
+    """Draw a data folder, unless it is there already."""
+    if not all((data / file).exists() for file in SOURCES["sparkles_dialogue"].files):      # They are written last.
         write_world(data, N_CONVERSATIONS, seed=0)
+
+
+def ensure_tests(data: Path) -> list[Path]:
+    """Draw the test sets of a data folder, unless they are there already; returns their folders."""
+    folders = [data / "tests" / name for name in TESTS]
+    for seed, (folder, dialogues) in enumerate(zip(folders, TESTS.values()), 1):
+        if not (folder / DIALOGUE).exists():                    # It is written last.
+            write_llava_dial(folder, dialogues, ImageFolder(folder / COCO, random.Random(seed)))
+    return folders
 
 
 def main():
     """Draw what is missing in data/tiny, and the images of examples/."""
     ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter).parse_args()
     ensure(DATA)
+    ensure_tests(DATA)
     Path("examples").mkdir(exist_ok=True)
     for i, (name, scene) in enumerate(EXAMPLES.items()):
         draw_scene(scene, random.Random(i)).save(Path("examples") / name)

@@ -1,0 +1,207 @@
+"""How people ask about the tiny world: many phrases for each question, names of images, small talk, typing habits.
+
+    Ask("color", (1,)) ─► "What color is the shape in image 2?", "tell me the colour of the object in the 2nd photo", …
+
+The phrases of SEEN are for training and those of UNSEEN for the exam alone, so it can measure what a wording does
+that training never showed. Before: sources.py. Next: tiny/world.py, which knows the answers.
+"""
+import random
+from dataclasses import dataclass
+
+ATTRIBUTES = {"size": ["small", "big"], "color": ["red", "pink", "yellow", "green", "blue", "purple"],
+              "shape": ["circle", "square", "triangle", "star"],
+              "place": ["left", "right", "top", "bottom", "center"]}
+ABOUT_ONE, COMPARING = (*ATTRIBUTES, "describe", "is"), ("any", "which", "same", "changed")
+BESIDE = ("absent", "outside", "hello", "thanks")           # topics of rounds that are not about a shown image
+TOPICS = (*ABOUT_ONE, *COMPARING, *BESIDE)
+NO_IMAGE, NO_SUCH, OUTSIDE = "There is no image yet.", "There is no such image.", "I cannot tell."
+HELLO, WELCOME, NONE = "Hello!", "You are welcome.", "none of them"
+REFUSALS = (NO_IMAGE, NO_SUCH, OUTSIDE)
+
+
+@dataclass(frozen=True)
+class Ask:
+    """What somebody wants to know, before it has words."""
+    topic: str
+    images: tuple[int, ...] = ()    # which images are meant, counted from 0
+    about: str = ""                 # the value that `is`, `any` and `which` ask for, the attribute that `same` compares
+
+
+# ---- names of images ----
+
+NOUNS = ("image", "picture", "photo", "img", "pic")
+ORDINALS = "first second third fourth fifth sixth seventh eighth ninth".split()
+NUMBERS = "one two three four five six seven eight nine".split()
+LETTERS = "abcdefghi"
+ENDINGS = ("st", "nd", "rd", *["th"] * 6)                   # of 1st, 2nd, …
+
+
+def name_of(image: int, latest: bool, rng: random.Random) -> str:
+    """A name of an image, counted from 0; half of them are like "image 2". latest: whether it was shown last."""
+    noun, number = rng.choice(NOUNS), image + 1
+    if rng.random() < .5 or image >= len(ORDINALS):
+        return f"image {number}"
+    if latest and rng.random() < .1:
+        return f"the last {noun}"
+    return rng.choice([f"{noun} {number}", f"{noun} number {number}", f"{noun} {LETTERS[image]}", f"{noun}{number}",
+                       f"{noun} #{number}", f"{noun} {NUMBERS[image]}", f"{noun} {LETTERS[image].upper()}",
+                       f"the {number}{ENDINGS[image]} {noun}", f"the {ORDINALS[image]} {noun}",
+                       f"the {ORDINALS[image]} one"])
+
+
+# ---- phrases ----
+
+# {name} and {other} are names of images, {it} is what {name} shows, and {what} is what is looked for or compared.
+SEEN = {
+    "size": ["What size is {it}?", "How big is {it}?", "How large is {it}?", "Is {it} big or small?",
+             "Is {it} small or large?", "What is the size of {it}?", "Tell me the size of {it}.",
+             "What size does {it} have?", "The size of {it}?", "{name}: what size?", "How small or big is {it}?",
+             "Do you know the size of {it}?", "I want to know how big {it} is.", "What size do you see in {name}?"],
+    "color": ["What color is {it}?", "Which color is {it}?", "What is the color of {it}?",
+              "Which color does {it} have?", "Tell me the color of {it}.", "In what color is {it}?",
+              "{name}: what color?", "What color do you see in {name}?", "Do you see what color {it} is?",
+              "I want to know what color {it} is.", "What color has {it}?", "The color in {name}?"],
+    "shape": ["What shape is in {name}?", "Which shape is in {name}?", "What shape does {name} show?",
+              "What is the shape in {name}?", "Tell me the shape in {name}.", "Which shape do you see in {name}?",
+              "What kind of shape is in {name}?", "Give me the shape in {name}.", "{name}: which shape?",
+              "Is there a circle, a square, a triangle or a star in {name}?", "The shape of {it}?",
+              "What is the form of {it}?", "What shape has {it}?", "Do you know what shape is in {name}?"],
+    "place": ["Where is {it}?", "Where in {name} is {it}?", "What is the place of {it}?", "Tell me where {it} is.",
+              "What is the position of {it}?", "At what place is {it}?", "In what part of {name} is the shape?",
+              "{name}: where is the shape?", "Give me the position of {it}.", "Which position does {it} have?",
+              "Do you know where {it} is?", "I want to know where {it} is.", "Tell me the place of {it}."],
+    "describe": ["Describe {name}.", "What do you see in {name}?", "What is in {name}?", "What does {name} show?",
+                 "Tell me about {name}.", "What can you see in {name}?", "Tell me what is in {name}.",
+                 "What is {name} about?", "Give me a description of {name}.", "{name}?", "What do we see in {name}?",
+                 "Describe what you see in {name}.", "I want to know what is in {name}."],
+    "is": ["Is {it} {what}?", "Do you think {it} is {what}?", "Tell me if {it} is {what}.", "{name}: is it {what}?",
+           "I want to know if {it} is {what}.", "{it} is {what}, yes or no?", "Is it {what} in {name}?"],
+    "any": ["Does any image show {what}?", "Is there an image with {what}?", "Is {what} in any image?",
+            "Is there {what} in the images?", "Do you see {what}?", "Can you see {what} in any of the pictures?",
+            "Is there any picture of {what}?", "Does one of the photos have {what}?", "Is there {what}?",
+            "Do the pictures show {what}?", "Have you seen {what}?", "I want to know if there is {what}."],
+    "which": ["Which image shows {what}?", "Which image has {what}?", "In which image is {what}?",
+              "Which picture shows {what}?", "Which of the images shows {what}?", "Which one has {what}?",
+              "What image shows {what}?", "Tell me which image shows {what}.", "Which photo is the one that has {what}?",
+              "In which one is {what}?", "Which of the pictures is of {what}?", "{what}: which image?"],
+    "same": ["Do {name} and {other} have the same {what}?", "Is the {what} of {name} and {other} the same?",
+             "Is the {what} the same in {name} and {other}?", "Do {name} and {other} share the {what}?",
+             "Are {name} and {other} of the same {what}?", "Does {name} have the same {what} as {other}?",
+             "{name} and {other}: same {what}?", "Is the {what} in {name} the same as in {other}?",
+             "Do you see the same {what} in {name} and {other}?"],
+    "changed": ["What changed from {name} to {other}?", "What is the difference between {name} and {other}?",
+                "What is different in {name} and {other}?", "How do {name} and {other} differ?",
+                "What differs from {name} to {other}?", "Tell me what changed from {name} to {other}.",
+                "How does {name} differ from {other}?", "What is not the same in {name} and {other}?",
+                "Tell me the difference between {name} and {other}.", "What changes from {name} to {other}?"],
+    "outside": ["Is there a {thing} in {name}?", "What color is the {thing} in {name}?", "How old is the {thing}?",
+                "Where is the {thing} in {name}?", "How many of the {thing} are in {name}?", "Who made {name}?",
+                "What is the name of the {thing}?", "Do you see a {thing}?", "Who are you?", "What time is it?",
+                "Tell me about the {thing} in {name}.", "What is the weather in {name}?", "What is a {thing}?",
+                "Does any image show a {thing}?", "Which image shows the {thing}?", "How is the weather?",
+                "When was {name} made?", "Who is the {thing} in {name}?", "Tell me a story about a {thing}.",
+                "Why is the {thing} in {name}?", "How much is a {thing}?", "What does the {thing} in {name} do?"],
+    "hello": ["Hello.", "Hi!", "Hey.", "Good morning.", "Hello, how are you?", "Hi there.", "Good day."],
+    "thanks": ["Thanks.", "Thank you.", "Thanks a lot.", "Great, thanks!", "Ok, thank you.", "Very good.", "Nice!"],
+}
+UNSEEN = {
+    "size": ["Which size does {it} have?", "Give me the size of {it}.", "Do you know how large {it} is?",
+             "Is it big or small in {name}?", "Tell me how big {it} is.", "In what size is {it}?"],
+    "color": ["What color does {it} have?", "Give me the color of {it}.", "Do you know the color of {it}?",
+              "The color of {it}?", "Tell me what color you see in {name}.", "{name}: which color?"],
+    "shape": ["What shape do you see in {name}?", "Is the shape in {name} a circle, a star, a square or a triangle?",
+              "Tell me what shape {name} shows.", "What form does {it} have?", "{name}: what shape?",
+              "I want to know the shape in {name}."],
+    "place": ["Where do you see {it}?", "At which place is {it}?", "What position does {it} have?",
+              "Give me the place of {it}.", "Do you know the position of {it}?", "{name}: which place?"],
+    "describe": ["Give me a description of what is in {name}.", "Do you know what is in {name}?",
+                 "Tell me what you see in {name}.", "What is there in {name}?", "Tell me what {name} shows."],
+    "is": ["Can you see if {it} is {what}?", "Do you know if {it} is {what}?", "Yes or no: is {it} {what}?",
+           "Is {it} {what}, yes or no?"],
+    "any": ["Does any of the images show {what}?", "Is there any image that has {what}?", "Does any photo have {what}?",
+            "Can you see {what}?", "Is {what} in one of the pictures?", "Do you know if there is {what}?"],
+    "which": ["Which of them shows {what}?", "In which of the pictures is {what}?", "Which photo has {what}?",
+              "In which image do you see {what}?", "Tell me which picture has {what}.", "Which is the image of {what}?"],
+    "same": ["Do {name} and {other} show the same {what}?", "Have {name} and {other} the same {what}?",
+             "Is the {what} in {name} and {other} the same?", "Is it the same {what} in {name} and {other}?",
+             "Tell me if {name} and {other} have the same {what}."],
+    "changed": ["What differs in {name} and {other}?", "How is {name} different from {other}?",
+                "What is the difference from {name} to {other}?", "Tell me how {name} and {other} differ.",
+                "Between {name} and {other}, what changed?"],
+    "outside": ["What does the {thing} think?", "Is the {thing} in {name} old?", "How far is the {thing}?",
+                "Can you see the {thing} in {name}?", "What can a {thing} do?", "Is {name} from the city?"],
+    "hello": ["Hello there!", "Hi, good morning.", "Hey, how are you?"],
+    "thanks": ["Ok, thanks a lot!", "Very good, thank you.", "Great."],
+}
+IT = ("the shape in {name}", "the shape in {name}", "the object in {name}", "the thing in {name}",
+      "the figure in {name}")
+LATEST = ("the image", "the image", "the picture", "the photo", "this image", "this picture", "the img", "it")
+NAMELESS = {"size": ("What size?", "How big?", "And the size?"), "color": ("What color?", "And the color?"),
+            "shape": ("What shape?", "And the shape?"), "place": ("Where?", "And the place?"),
+            "describe": ("What do you see?", "What is it?", "What is this?", "Describe what you see.", "Describe it.")}
+SHORT_IT = ("it", "the shape", "the object", "this thing")      # what the image shows that was just shown alone
+LOOKED_FOR = {"size": ("a {} shape", "a {} object", "something {}"), "color": ("a {} shape", "a {} object", "something {}"),
+              "shape": ("a {}", "a {}", "one {}"), "place": ("a shape at the {}", "something at the {}", "a shape on the {}")}
+OTHERWISE = {"big": ("big", "large"), "small": ("small", "little", "tiny"), "center": ("center", "middle", "centre")}
+IS = {"size": ("{}",), "color": ("{}",), "shape": ("a {}",), "place": ("at the {}", "on the {}")}
+THINGS = ("dog cat person man woman child car house tree table chair boat bird flower book ball hat door "
+          "bridge street train bottle").split()
+UNSEEN_THINGS = "horse bicycle cup king river computer window apple teacher airplane".split()
+BEFORE = ("Please", "Can you tell me", "Could you tell me", "Please tell me", "Hi,", "Hello,", "So", "And", "Now",
+          "Ok,", "Great,", "Thanks,", "I want to know:", "Next:")
+UNSEEN_BEFORE = ("Could you please tell me", "Hello, can you tell me", "Now please tell me", "Thanks, and now",
+                 "I want you to tell me:", "Hi there,")
+AFTER = (" please", ", please", " thanks", " for me", ", thank you")
+
+
+# ---- from an Ask to what somebody types ----
+
+@dataclass(frozen=True)
+class Wording:
+    """How somebody types."""
+    unseen: bool = False        # in phrases that training never sees
+    lower: bool = False         # always in lower case and without the final mark, otherwise now and then
+    plain: bool = False         # always in the first phrase, with capitals and marks
+
+    def question(self, ask: Ask, names: list[str], short: bool, rng: random.Random) -> str:
+        """What is asked, as it is typed; `names` of the images meant; short: "it" and "the image" are clear, too."""
+        return self.typed(self.words(ask, names, short, rng), ask.topic in ("hello", "thanks"), rng)
+
+    def words(self, ask: Ask, names: list[str], short: bool, rng: random.Random) -> str:
+        """A phrase for it, with capital and mark."""
+        phrases = (UNSEEN if self.unseen else SEEN)[ask.topic]
+        phrase = phrases[0] if self.plain else rng.choice(phrases)
+        name, other = (*names, "", "")[:2]
+        it = rng.choice([one for one in IT if ask.topic != "shape" or "shape" not in one])
+        if short and not other and rng.random() < .4:
+            name = rng.choice(LATEST)
+            if ask.topic in NAMELESS and not self.unseen and rng.random() < .2:
+                phrase = rng.choice(NAMELESS[ask.topic])
+            if rng.random() < .5:
+                it = rng.choice(SHORT_IT if ask.topic != "shape" else ("it", "the object"))
+        what = ask.about
+        for attribute, values in ATTRIBUTES.items():
+            if what in values:
+                what = rng.choice((IS if ask.topic == "is" else LOOKED_FOR)[attribute]).format(rng.choice(OTHERWISE.get(what, (what,))))
+        thing = rng.choice(UNSEEN_THINGS if self.unseen else THINGS)
+        if not self.unseen and rng.random() < .3:
+            thing = "".join(rng.choice("abcdefghijklmnoprstuvw") for _ in range(rng.randint(3, 8)))
+        text = phrase.format(name=name, other=other, it=it.format(name=name), what=what, thing=thing)
+        return text[0].upper() + text[1:]
+
+    def typed(self, text: str, is_talk: bool, rng: random.Random) -> str:
+        """The phrase as this person types it: in lower case, without the mark, in British spelling, and politely
+        unless it is small talk."""
+        if self.plain:
+            return text
+        if not is_talk and rng.random() < (.5 if self.unseen else .15):
+            text = rng.choice(UNSEEN_BEFORE if self.unseen else BEFORE) + " " + text[0].lower() + text[1:]
+        if not is_talk and rng.random() < .1 and text[-1] in "?.":
+            text = text[:-1] + rng.choice(AFTER) + text[-1]
+        if rng.random() < .3:
+            text = text.replace("color", "colour")
+        if self.lower or rng.random() < .3:
+            text = text.lower()
+        if self.lower or rng.random() < .25:
+            text = text.rstrip("?.!")
+        return text
