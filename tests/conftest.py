@@ -69,7 +69,8 @@ def config(tmp_path_factory) -> ModelConfig:
     """Where the tiny towers lie. Their weights are large, so that every token and every image matters."""
     llama, vit = tmp_path_factory.mktemp("llama"), tmp_path_factory.mktemp("vit")
     SentencePieceTrainer.train(
-        sentence_iterator=iter([f"{SYSTEM}\n### Image 1:\n### Question: What is it?\n### Answer: A cat."] * 20),
+        # Lines without their breaks: in LLaMA's tokenizer, too, a line break is a byte and part of no other piece.
+        sentence_iterator=iter([SYSTEM, "### Image 1:", "### Question: What is it?", "### Answer: A cat."] * 20),
         model_prefix=str(llama / "tokenizer"), vocab_size=340, model_type="bpe", byte_fallback=True,
         hard_vocab_limit=False, character_coverage=1.0, unk_id=0, bos_id=1, eos_id=2, minloglevel=2,
         normalization_rule_name="identity", remove_extra_whitespaces=False)

@@ -9,8 +9,8 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch.utils.data import DataLoader
 
-from data import (SYSTEM, Conversation, Conversations, Features, Round, collate, encode, encode_round, marked,
-                  order, pack, split, to_tensors)
+from data import (SYSTEM, Conversation, Conversations, Features, Round, collate, encode, encode_round, line_ids,
+                  marked, order, pack, split, to_tensors)
 from llama import Tokenizer
 from mmca import IMAGE, TEXT
 from visualchat import IGNORE
@@ -38,12 +38,45 @@ def test_the_template_is_figure_3_s(tokenizer):
               Round(("c",), "And this?", "No.")]
     encoded = encode(rounds, tokenizer, N)
     assert shown(encoded, tokenizer) == (
-        f"<s>{SYSTEM}\n### Image 1:····### Image 2:····### Question: Which is red?\n### Answer: The first.</s>"
-        "<s>### Question: Sure?\n### Answer: Yes.</s>"
-        "<s>### Image 3:····### Question: And this?\n### Answer: No.</s>")
+        "<s>You are a powerful vision-language assistant.\n"
+        "### Image 1:····\n"
+        "### Image 2:····\n"
+        "### Question: Which is red?\n"
+        "### Answer: The first.</s><s>\n"
+        "### Question: Sure?\n"
+        "### Answer: Yes.</s><s>\n"
+        "### Image 3:····\n"
+        "### Question: And this?\n"
+        "### Answer: No.</s>")
     assert encoded.images == ["a", "b", "c"]
     assert shown(encode([Round((), "Hi?", "Ho.")], tokenizer, N), tokenizer) == (
         f"<s>{SYSTEM}\n### Question: Hi?\n### Answer: Ho.</s>")
+
+
+def test_the_same_line_has_the_same_ids_wherever_it_stands(tokenizer):
+    """In the first round and later ones, after the system sentence, an image or an answer."""
+    def lines(rounds: list[Round]) -> list[tuple]:
+        """The ids of each line that begins with ###; an image ends a line, and so do <s> and </s>."""
+        encoded, found = encode(rounds, tokenizer, N), []
+        for id, kind in zip(encoded.ids, encoded.kind):
+            if id == line_break or kind == IMAGE or id in (tokenizer.bos, tokenizer.eos):
+                found.append([])
+            if kind != IMAGE:
+                found[-1].append(id)
+        return [tuple(line) for line in found if line[:1] == [line_break]]
+
+    line_break, same = tokenizer.encode("\n")[-1], Round(("a", "b"), "What is it?", "A cat.")
+    first, second, third = (lines([*before, same])[-4:] for before in (
+        [], [Round((), "What is it?", "A cat.")], [Round((), "Is it?", "Yes"), Round((), "What is it?", "A cat.")]))
+    assert first == second == third and len(set(first)) == 4
+    images = lines([Round(("a",) * 5, "What?", "A cat.")])[:5]
+    assert len({line[:3] for line in images}) == 1 and len(set(images)) == 5
+
+
+@pytest.mark.parametrize("text", ["### Question: What is it?", "### Image 1:", " two  spaces ", ""])
+def test_a_line_has_the_ids_that_it_has_inside_a_longer_text(tokenizer, text):
+    whole = tokenizer.encode(f"A cat.\n{text}")
+    assert tokenizer.encode("A cat.") + line_ids(text, tokenizer) == whole
 
 
 def test_the_table_that_explains_a_round_is_true():
@@ -63,8 +96,8 @@ def test_the_table_that_explains_a_round_is_true():
 def test_a_marked_conversation_shows_images_by_their_files_and_what_is_learned(tokenizer):
     rounds = [Round(("a.jpg", "b.jpg"), "What is it?", "A cat."), Round(("c.jpg",), "Sure?", "Yes.")]
     assert marked(encode(rounds, tokenizer, N), tokenizer) == (
-        f"<s>{SYSTEM}\n### Image 1:<a.jpg>### Image 2:<b.jpg>### Question: What is it?\n### Answer:[[A cat.</s>]]"
-        "<s>### Image 3:<c.jpg>### Question: Sure?\n### Answer:[[Yes.</s>]]")
+        f"<s>{SYSTEM}\n### Image 1:<a.jpg>\n### Image 2:<b.jpg>\n### Question: What is it?\n### Answer:[[A cat.</s>]]"
+        "<s>\n### Image 3:<c.jpg>\n### Question: Sure?\n### Answer:[[Yes.</s>]]")
 
 
 def test_labels_are_the_answers_with_their_end_and_nothing_else(tokenizer):

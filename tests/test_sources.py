@@ -604,7 +604,7 @@ def test_the_check_of_a_folder_prints_examples_problems_and_nine_rows(folder, co
     with pytest.raises(SystemExit, match="bad records"):
         sources.main()
     printed = capsys.readouterr().out
-    assert f":<{data}/coco/train2017/a.jpg>### Question: What is it?\n### Answer:[[A cat.</s>]]" in printed
+    assert f":<{data}/coco/train2017/a.jpg>\n### Question: What is it?\n### Answer:[[A cat.</s>]]" in printed
     assert "b.jpg is no readable image" in printed and "record 2 (index 2): no image 'z.jpg'" in printed
     assert "no MIMIC-IT/SD_instructions.json, MIMIC-IT/SD.json in" in printed
     header, *lines = printed[printed.index("dataset  paper"):].splitlines()[:10]

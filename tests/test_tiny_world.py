@@ -2,6 +2,8 @@
 import json
 import random
 import re
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,21 +11,15 @@ from PIL import Image, ImageChops
 
 from sources import SOURCES, TAGS, read_datasets
 from tiny import world
+from tiny.wording import ABOUT_ONE, COMPARING, TOPICS, Wording
 from vit import load_pixels, read_image
 
 ROOT = Path(__file__).parent.parent
 
 
-def numbered(text: str, n_shown: int) -> str:
-    """The text with every image called by its number, however it was called."""
-    for names in TAGS:
-        for i, name in enumerate(names, 1):
-            text = re.sub(rf"\b{name}\b", f"image {i}", text)
-    return text.replace("the image", f"image {n_shown}")
-
-
 def right_answer(question: str, scenes: list) -> str:
-    """An answer worked out from the question's words alone."""
+    """An answer worked out from the words of a plain question alone."""
+    question = question.replace("the image", f"image {len(scenes)}")
     numbers = [int(digit) - 1 for digit in re.findall(r"\d", question)]
     if question.startswith("Describe"):
         return "A {} {} {} at the {}.".format(*scenes[numbers[0]])
@@ -33,40 +29,71 @@ def right_answer(question: str, scenes: list) -> str:
     if question.startswith("Do image"):
         place = ("size", "color", "shape", "place").index(question.rstrip("?").split()[-1])
         return "yes" if scenes[numbers[0]][place] == scenes[numbers[1]][place] else "no"
+    if question.startswith("Is the"):
+        return "yes" if question.rstrip("?").split()[-1] in scenes[numbers[0]] else "no"
     if question.startswith(("Does any", "Which")):
-        known = {value for values in world.ATTRIBUTES.values() for value in values}
-        (value,) = set(question.rstrip("?").split()) & known
+        (value,) = set(question.rstrip("?").split()) & set(world.VALUES)
         having = [f"image {i}" for i, scene in enumerate(scenes, 1) if value in scene]
-        return " ".join(having) if question.startswith("Which") else "yes" if having else "no"
+        if question.startswith("Which"):
+            return " ".join(having) or "none of them"
+        return "yes" if having else "no"
     place = 3 if question.startswith("Where") else ("size", "color", "shape").index(question.split()[1])
     return scenes[numbers[0]][place]
 
 
-def test_every_question_has_its_one_right_answer():
-    rng = random.Random(0)
-    for _ in range(300):
-        scenes, rounds = world.dialogue(rng.choice([1, 2, 3]), 6, rng, world.ALL_SCENES)
+def numbered(text: str) -> str:
+    """The text with images called by their numbers: Sparkles calls them in four ways."""
+    for names in TAGS:
+        for i, name in enumerate(names, 1):
+            text = re.sub(rf"\b{name}\b", f"image {i}", text)
+    return text
+
+
+def plain(patch):
+    """Let all questions be in plain words, so that `right_answer` understands them."""
+    words = Wording.words
+    patch.setattr(Wording, "question", lambda self, ask, names, short, rng:
+                  words(Wording(plain=True), ask, names, False, rng))
+    patch.setattr(world, "name_of", lambda image, latest, rng: f"image {image + 1}")
+    patch.setattr(world, "LATEST", ["the image"])
+
+
+BESIDES = {"Hello!", "You are welcome.", "I cannot tell.", "There is no image yet.", "There is no such image."}
+BESIDE = {"hello": {"Hello!"}, "thanks": {"You are welcome."}, "outside": {"I cannot tell."}}
+
+
+def test_every_question_has_its_one_right_answer(monkeypatch):
+    plain(monkeypatch)
+    rng, topics = random.Random(0), Counter()
+    for _ in range(400):
+        scenes, rounds = world.dialogue(rng.randint(1, 8), rng.choice([6, 16]), rng, world.ALL_SCENES)
         shown = []
         for new, topic, question, answer in rounds:
             shown = shown + new
-            assert world.topic_of(question) == topic
-            question, answer = (numbered(text, len(shown)) for text in (question, answer))
-            assert answer == right_answer(question, shown)
-            assert max([int(digit) for digit in re.findall(r"\d", question)], default=1) <= len(shown)
+            topics[topic] += 1
+            if topic == "absent":
+                numbers = [int(digits) for digits in re.findall(r"\d+", question)]
+                assert answer == ("There is no such image." if shown else "There is no image yet.")
+                assert not shown or max(numbers) > len(shown)
+            elif topic in BESIDE:
+                assert answer in BESIDE[topic]
+            else:
+                assert answer == right_answer(question, shown)
+                assert max([int(digit) for digit in re.findall(r"\d", question)], default=1) <= len(shown)
         assert shown == scenes
+    assert set(topics) == set(TOPICS) and min(topics.values()) > 20
 
 
-def test_images_are_called_in_every_way_and_the_image_is_the_last_one():
-    rng, asked = random.Random(0), []
+def test_the_share_of_rounds_beside_the_images_and_the_late_start():
+    rng, beside, late = random.Random(0), 0, 0
     for _ in range(400):
-        for new, *_, question, _ in world.dialogue(3, 6, rng, world.ALL_SCENES)[1]:
-            asked.append(question)
-    for names in TAGS:
-        assert all(any(re.search(rf"\b{name}\b", question) for question in asked) for name in names[:3])
-    for _ in range(400):
-        _, rounds = world.dialogue(2, 4, rng, world.ALL_SCENES)
-        if len(rounds[0][0]) == 2:              # shown together, neither is "the image"
-            assert not any("the image" in question for *_, question, _ in rounds)
+        rounds = world.dialogue(2, 6, rng, world.SEEN)[1]
+        beside += sum(topic not in (*ABOUT_ONE, *COMPARING) for _, topic, *_ in rounds)
+        late += not rounds[0][0]
+        assert sum(len(new) for new, *_ in rounds[:4]) == 2            # all images come by the middle
+    assert 0.12 < beside / 2400 < 0.24 and 0.08 < late / 400 < 0.25
+    assert all(topic in (*ABOUT_ONE, *COMPARING) for _ in range(50)
+               for _, topic, *_ in world.dialogue(2, 6, rng, world.SEEN, n_beside=0)[1])
 
 
 def test_no_topic_of_question_can_be_guessed():
@@ -74,10 +101,11 @@ def test_no_topic_of_question_can_be_guessed():
     for _ in range(3000):
         for _, topic, _, answer in world.dialogue(rng.choice([2, 3]), 6, rng, world.SEEN)[1]:
             answers.setdefault(topic, []).append(answer)
-    assert set(answers) == {"size", "color", "shape", "place", "describe", *world.COMPARING}
-    for topic, given in answers.items():
+    bounds = {"any": .55, "same": .6, "is": .55, "which": .5, "size": .55, "changed": .35}
+    for topic in (*ABOUT_ONE, *COMPARING):
+        given = answers[topic]
         commonest = max(given.count(answer) for answer in set(given)) / len(given)
-        assert commonest < {"any": .55, "same": .6, "which": .5, "size": .55, "changed": .35}.get(topic, .3), topic
+        assert commonest < bounds.get(topic, .3), topic
 
 
 def test_held_out_pairs_are_in_one_world_alone():
@@ -106,7 +134,7 @@ def test_the_world_holds_all_nine_datasets(folder):
         conversations = read_datasets(folder, [name], tell=pytest.fail)     # nothing is left out
         assert conversations, name
         files = [[file for each in conversation.rounds for file in each.images] for conversation in conversations]
-        assert {len(shown) for shown in files} <= {1, 2, 3}
+        assert {len(shown) for shown in files} <= set(range(1, 9))
         assert all(len(set(shown)) == len(shown) for shown in files)
         for file in files[0]:
             assert load_pixels(file, 16).shape == (3, 16, 16)
@@ -122,6 +150,7 @@ def test_every_answer_in_every_dataset_is_right(folder):
         return image
 
     with pytest.MonkeyPatch.context() as patch:
+        plain(patch)
         patch.setattr(world, "draw_scene", noted)
         patch.setattr(Image.Image, "save", lambda image, file, *args, save=Image.Image.save, **settings:
                       save(image, file, "PNG"))                 # so that the bytes can be recognized
@@ -131,8 +160,9 @@ def test_every_answer_in_every_dataset_is_right(folder):
         shown = []
         for each in conversation.rounds:
             shown += [known[read_image(file).tobytes()] for file in each.images]
-            question, answer = (numbered(text, len(shown)) for text in (each.question, each.answer))
-            assert answer == right_answer(question, shown), (conversation.name, each)
+            question = numbered(each.question)
+            if each.answer not in BESIDES:
+                assert numbered(each.answer) == right_answer(question, shown), (conversation.name, each)
 
 
 def test_the_same_seed_draws_the_same_files_and_another_seed_others(folder, tmp_path):
@@ -146,22 +176,28 @@ def test_the_same_seed_draws_the_same_files_and_another_seed_others(folder, tmp_
 
 def test_what_is_there_is_not_drawn_again_and_what_is_missing_is(tmp_path, monkeypatch):
     monkeypatch.setattr(world, "N_CONVERSATIONS", 50)
-    monkeypatch.setattr(world, "N_TEST", 4)
+    monkeypatch.setattr(world, "TESTS", {name: replace(test, n=8) for name, test in world.TESTS.items()})
     world.ensure(tmp_path)
+    assert not (tmp_path / "tests").exists()                    # training does not wait for the exam's drawings
+    folders = world.ensure_tests(tmp_path)
+    assert [folder.name for folder in folders] == ["seen", "unseen", "wordings", "lower", "long"]
     files = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*.j*")}
-    unseen = json.loads((tmp_path / "test_unseen/llava/conversation_58k.json").read_text())
-    assert len(unseen) == 4
-    (tmp_path / "test_seen/llava/conversation_58k.json").unlink()
+    for folder in folders:
+        records = json.loads((folder / "llava/conversation_58k.json").read_text())
+        assert len(records) == 8
+        assert all(len(record["topics"]) * 2 == len(record["conversations"]) for record in records)
+    (tmp_path / "tests/unseen/llava/conversation_58k.json").unlink()
     world.ensure(tmp_path)
-    drawn_again = {file.relative_to(tmp_path).parts[0] for file, time in files.items()
-                   if file.stat().st_mtime_ns != time}
-    assert drawn_again == {"test_seen"}
+    world.ensure_tests(tmp_path)
+    drawn_again = {file.relative_to(tmp_path).parts[:2] for file, time in files.items()
+                   if not file.exists() or file.stat().st_mtime_ns != time}
+    assert drawn_again == {("tests", "unseen")}
 
 
 def test_dialogues_about_several_images_are_one_conversation_each(folder):
     several = read_datasets(folder, ["llava_dial"])
     assert len(several) == 60
-    assert {sum(len(each.images) for each in conversation.rounds) for conversation in several} == {2, 3}
+    assert {sum(len(each.images) for each in conversation.rounds) for conversation in several} == set(range(2, 9))
     for conversation in several:
         files = [file for each in conversation.rounds for file in each.images]
         assert files == sorted(files) and len(conversation.rounds) == 6
@@ -183,6 +219,7 @@ def test_images_of_one_scene_differ():
 
 def test_the_committed_examples_are_what_the_command_draws(tmp_path, monkeypatch):
     monkeypatch.setattr(world, "ensure", lambda data: None)
+    monkeypatch.setattr(world, "ensure_tests", lambda data: None)
     monkeypatch.setattr("sys.argv", ["world.py"])
     monkeypatch.chdir(tmp_path)
     world.main()

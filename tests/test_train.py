@@ -111,7 +111,7 @@ def test_a_broken_image_stops_training_by_name_or_is_skipped_and_counted(world, 
     shutil.copytree(world / "data/tiny", tmp_path / "data/tiny")
     broken = tmp_path / "data/tiny/coco/train2017/000000000000.jpg"
     broken.write_bytes(broken.read_bytes()[:500])
-    command = [sys.executable, SCRIPT, "--epochs", "1", "--exam", "0", "--data", "data/tiny"]
+    command = [sys.executable, SCRIPT, "--epochs", "1", "--data", "data/tiny"]
     done = subprocess.run(command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True,
                           text=True, timeout=120)
     last = done.stderr.strip().splitlines()[-1]

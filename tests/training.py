@@ -27,7 +27,7 @@ def losses(world: Path, out: str, *options: str, ranks: int = 1, lr: str = "1e-4
     """
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     launch(world, *(launcher if ranks > 1 else [sys.executable]), SCRIPT, "--epochs", "1", "--workers", "0",
-           "--exam", "0", "--lr", lr, "--out", out, *options)
+           "--lr", lr, "--out", out, *options)
     with open(world / out / "log.csv") as file:
         return [float(row["loss"]) for row in csv.DictReader(file)]
 
@@ -42,7 +42,7 @@ def begin(world: Path, out: str, *options: str, ranks: int = 1) -> subprocess.Po
     """Start a run, of 9 steps if nothing else is said, that keeps a checkpoint of every second one."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     command = [*(launcher if ranks > 1 else [sys.executable]), SCRIPT, "--epochs", "1", "--workers", "0",
-               "--exam", "0", "--lr", "1e-4", "--save-steps", "2", "--out", out, *options]
+               "--lr", "1e-4", "--save-steps", "2", "--out", out, *options]
     return subprocess.Popen(command, cwd=world, env={**os.environ, "PYTHONPATH": str(ROOT)}, text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
 

@@ -169,11 +169,11 @@ class Wording:
 
     def words(self, ask: Ask, names: list[str], short: bool, rng: random.Random) -> str:
         """A phrase for it, with capital and mark."""
-        phrases = (UNSEEN if self.unseen else SEEN)[ask.topic]
-        phrase = phrases[0] if self.plain else rng.choice(phrases)
+        pick = (lambda options: options[0]) if self.plain else rng.choice
+        phrase = pick((UNSEEN if self.unseen else SEEN)[ask.topic])
         name, other = (*names, "", "")[:2]
-        it = rng.choice([one for one in IT if ask.topic != "shape" or "shape" not in one])
-        if short and not other and rng.random() < .4:
+        it = pick([one for one in IT if ask.topic != "shape" or "shape" not in one])
+        if short and not other and not self.plain and rng.random() < .4:
             name = rng.choice(LATEST)
             if ask.topic in NAMELESS and not self.unseen and rng.random() < .2:
                 phrase = rng.choice(NAMELESS[ask.topic])
@@ -182,7 +182,8 @@ class Wording:
         what = ask.about
         for attribute, values in ATTRIBUTES.items():
             if what in values:
-                what = rng.choice((IS if ask.topic == "is" else LOOKED_FOR)[attribute]).format(rng.choice(OTHERWISE.get(what, (what,))))
+                what = pick((IS if ask.topic == "is" else LOOKED_FOR)[attribute]).format(
+                    pick(OTHERWISE.get(what, (what,))))
         thing = rng.choice(UNSEEN_THINGS if self.unseen else THINGS)
         if not self.unseen and rng.random() < .3:
             thing = "".join(rng.choice("abcdefghijklmnoprstuvw") for _ in range(rng.randint(3, 8)))
