@@ -28,6 +28,7 @@ from llama import Cache, Tokenizer
 from mmca import ATTENTION, TEXT
 from visualchat import TRAINED, VisualChat, load, towers
 from vit import load_pixels, read_image
+from weights import find_weights
 
 with contextlib.suppress(ImportError):
     import readline                                             # line editing and history, where the system has it
@@ -126,12 +127,12 @@ class Chat:
 # ---- the terminal ----
 
 def newest(folder: Path) -> Path:
-    """The newest training result under a folder; raises FileNotFoundError that says how to make one."""
+    """The newest training result under a folder, or the tiny one that comes with the code; says so if it is that."""
     results = sorted(folder.glob(f"*/{TRAINED}"), key=lambda path: path.stat().st_mtime)
-    if not results:
-        raise FileNotFoundError(f"no */{TRAINED} in {folder.absolute()}: train first, "
-                                "`python train.py --size tiny` takes minutes")
-    return results[-1].parent
+    if results:
+        return results[-1].parent
+    print(f"{folder}/ holds no training result, so this is the tiny one that comes with the code")
+    return find_weights("tiny/chat")
 
 
 def parse(line: str, first: int) -> tuple[list[Path], str]:

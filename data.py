@@ -3,8 +3,8 @@
     <s>{system}↵### Image 1: · · ·↵### Question: {question}↵### Answer: {answer}</s><s>↵### Image 2: · · ·↵### …
                              IMAGE                                      └── labels ──┘
 
-This is the template of Figure 3; ↵ is a line break, so that every ### stands on a line of its own. encode_round makes it, for training and for chat, and shows an
-example. An image becomes as many positions of kind IMAGE as the ViT gives tokens, here three; they have no ids.
+This is the template of Figure 3; ↵ is a line break, so every ### stands on a line of its own. encode_round makes it,
+for training and for chat, and shows an example. An image becomes as many positions of kind IMAGE as the ViT gives tokens, here three; they have no ids.
 All markers, such as `### Question:`, are plain text: special tokens made the paper's model worse (section 4.3).
 sources.py reads conversations from the nine datasets. Before: visualchat.py. Next: train.py.
 """
@@ -88,8 +88,7 @@ class Encoded:
 def line_ids(text: str, tokenizer: Tokenizer) -> list[int]:
     """The ids of a line break and `text`. They are the same wherever the line stands in a conversation.
 
-    sentencepiece puts a space before all that it encodes. Here the line break comes first, and what stands before it
-    is left out.
+    sentencepiece puts a space before all that it encodes; what stands before the line break is left out here.
     """
     ids, line_break = tokenizer.encode(f"\n{text}"), tokenizer.encode("\n")[-1]
     return ids[ids.index(line_break):]

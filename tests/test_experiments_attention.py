@@ -1,5 +1,4 @@
-"""experiments/attention.py: runs that are there are read, missing ones trained, the table is their mean."""
-import csv
+"""experiments/attention.py: runs that are there are read, missing ones trained and examined, the table is their mean."""
 import subprocess
 import sys
 
@@ -7,46 +6,55 @@ import pytest
 
 import recipe
 from experiments import attention
+from tiny.exam import Marked, write_marked
 
 
-def write(folder, exact):
-    folder.mkdir(parents=True)
-    with open(folder / "eval.csv", "w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["test", "images", "topic", "questions", "exact", "alone", "blind"])
-        writer.writerow(["test_seen", "one", "all", 100, exact, 0.75, 0.25])
-        writer.writerow(["test_seen", "one", "color", 50, 0.125, 0, 0])
+def write(folder, right, of=20):
+    """A run that answered so many of its color questions right, and all of them with gray images wrong."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "trained.safetensors").touch()
+    write_marked([Marked("seen", i, 1, 1, "color", "What color?", "red", "red" if i < right else "blue", "pink")
+                  for i in range(of)], folder / "eval.csv")
 
 
 def test_the_table_has_mean_and_range_of_the_seeds(tmp_path, monkeypatch, capsys):
-    for name, first, second in (("mmca", 0.9, 1.0), ("causal", 0.5, 0.6)):
+    for name, first, second in (("mmca", 18, 20), ("causal", 10, 12)):
         write(tmp_path / f"{name}-0", first)
         write(tmp_path / f"{name}-1", second)
     monkeypatch.setattr(attention.subprocess, "run", lambda *args, **settings: 1 / 0)   # nothing is trained
     monkeypatch.setattr(sys, "argv", ["attention.py", "--seeds", "0", "1", "--out", str(tmp_path)])
     attention.main()
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "| | test_seen, one |"
-    assert "| mmca | 95.0 (90.0 to 100.0) |" in lines and "| causal | 55.0 (50.0 to 60.0) |" in lines
-    assert "| causal, every image gray | 25.0 (25.0 to 25.0) |" in lines
-    assert "| mmca, weakest topic | 12.5 (12.5 to 12.5) |" in lines
+    assert lines[0] == ("| | questions | mmca | mmca, weakest kind | mmca, gray images | causal | causal, weakest kind "
+                        "| causal, gray images |")
+    mmca, causal = "95.0 (90.0 to 100.0)", "55.0 (50.0 to 60.0)"
+    assert f"| seen pairs, one image | 20 | {mmca} | {mmca} | 0.0 (0.0 to 0.0) | {causal} | {causal} | " in lines[2]
 
 
-def test_a_missing_run_is_trained_with_settings_that_train_knows(tmp_path, monkeypatch):
+def test_what_is_missing_is_trained_and_examined_with_settings_that_both_know(tmp_path, monkeypatch):
     commands = []
 
-    def trained(command):
+    def done(command):
         commands.append(command)
-        write(tmp_path / "causal-7", 0.5)
+        (tmp_path / "causal-7").mkdir(exist_ok=True)
+        (tmp_path / "causal-7/trained.safetensors").touch()
+        if "tiny.exam" in command:
+            write(tmp_path / "causal-7", 10)
         return subprocess.CompletedProcess(command, 0)
 
-    monkeypatch.setattr(attention.subprocess, "run", trained)
-    assert attention.exam_of("causal", 7, tmp_path) == {
-        ("test_seen", "one"): {"exact": 0.5, "alone": 0.75, "blind": 0.25, "weakest": 0.125}}
+    monkeypatch.setattr(attention.subprocess, "run", done)
+    found = attention.exam_of("causal", 7, tmp_path, ["--lr", "1e-3"])
+    assert found["seen pairs, one image"]["right"] == 50 and len(commands) == 2
+    assert commands[1][1:] == ["-m", "tiny.exam", "--model", str(tmp_path / "causal-7")]
     monkeypatch.setattr(sys, "argv", commands[0][1:])
     options = recipe.command_line("")
-    assert (options.size, options.attention, options.seed) == ("tiny", "causal", 7)
+    assert (options.size, options.attention, options.seed, options.lr) == ("tiny", "causal", 7, 1e-3)
     assert options.out == str(tmp_path / "causal-7") and options.resume
+    attention.exam_of("causal", 7, tmp_path, [])
+    assert len(commands) == 2                                   # nothing is missing
+    (tmp_path / "causal-7/checkpoints").mkdir()
+    attention.exam_of("causal", 7, tmp_path, [])
+    assert len(commands) == 3                                   # what was interrupted goes on
     monkeypatch.setattr(attention.subprocess, "run", lambda command: subprocess.CompletedProcess(command, 130))
     with pytest.raises(SystemExit, match="causal-8 did not end; the same command goes on with it"):
-        attention.exam_of("causal", 8, tmp_path)
+        attention.exam_of("causal", 8, tmp_path, [])

@@ -1,16 +1,15 @@
-"""tiny/exam.py: each way asks what it says, right answers count, and the answers are greedy decoding's."""
-import random
+"""tiny/exam.py: conversations are held as in chat, right answers count, groups hold the questions they name."""
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from data import encode, to_tensors
-from llama import Cache, Tokenizer
+from chat import Chat
+from llama import Tokenizer
 from tiny import exam, world
+from tiny.exam import Marked, hold_conversations, read_marked, run_exam, table, table_text, write_marked
 from visualchat import ModelConfig, build
-from vit import load_pixels
 
 WEIGHTS = Path(__file__).parent.parent / "weights/tiny"
 
@@ -19,10 +18,15 @@ WEIGHTS = Path(__file__).parent.parent / "weights/tiny"
 def data(tmp_path_factory) -> Path:
     """A data folder with small test sets."""
     folder = tmp_path_factory.mktemp("data")
-    for test, seed, allowed in zip(world.TESTS, (1, 2), (world.SEEN, world.UNSEEN)):
-        images = world.ImageFolder(folder / test / world.COCO, random.Random(seed))
-        world.write_llava_dial(folder / test, 9, images, allowed, least_images=1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(world, "TESTS", {name: replace(test, n=3) for name, test in world.TESTS.items()})
+        world.ensure_tests(folder)
     return folder
+
+
+@pytest.fixture(autouse=True)
+def small_sets(monkeypatch):
+    monkeypatch.setattr(world, "TESTS", {name: replace(test, n=3) for name, test in world.TESTS.items()})
 
 
 @pytest.fixture(scope="module")
@@ -36,114 +40,82 @@ def tiny_tokenizer() -> Tokenizer:
     return Tokenizer(WEIGHTS / "llama")
 
 
-def test_a_test_set_asks_every_question_of_the_chosen_conversations(data):
-    asked = exam.exam_questions(data / "test_seen", 4)
-    assert len(asked) == 4 * 6 and asked == exam.exam_questions(data / "test_seen", 4)
-    assert sorted(len(rounds) for rounds in asked) == sorted([*range(1, 7)] * 4)
-    lengths = [len(rounds[-1].answer) for rounds in asked]
-    assert lengths == sorted(lengths)
-    whole = [rounds for rounds in asked if len(rounds) == 6]
-    assert all(any(rounds == one[:len(rounds)] for one in whole) for rounds in asked)
-    assert len(exam.exam_questions(data / "test_seen", 100)) == 9 * 6
+@pytest.mark.parametrize("attention", ["mmca", "causal"])
+def test_answers_are_those_of_chat_with_its_own_answers_in_the_history(data, tiny_model, tiny_tokenizer, attention,
+                                                                      monkeypatch):
+    monkeypatch.setattr(tiny_model.llama, "attention", attention)
+    conversations = [rounds for rounds, _ in exam.read_test(data / "tests/seen")]
+    found = hold_conversations(tiny_model, tiny_tokenizer, conversations, blind=False)
+    for rounds, answers in zip(conversations, found, strict=True):
+        chat = Chat(tiny_model, tiny_tokenizer)
+        said = ["".join(chat.ask(each.question, list(each.images), exam.MAX_ANSWER)) for each in rounds]
+        assert answers == said
+    assert len({answer for answers in found for answer in answers}) > 1
 
 
-def test_exact_and_blind_ask_after_the_rounds_before_with_their_answers(data):
-    for rounds in exam.exam_questions(data / "test_seen", 9):
-        for way in ("exact", "blind"):
-            prompt = exam.prompt(rounds, way)
-            assert prompt[:-1] == rounds[:-1] and all(each.answer for each in prompt[:-1])
-            assert prompt[-1] == replace(rounds[-1], answer=None)
-
-
-def test_alone_asks_in_a_first_round_that_shows_all_images(data):
-    for rounds in exam.exam_questions(data / "test_unseen", 9):
-        (only,) = exam.prompt(rounds, "alone")
-        assert only.images == tuple(image for each in rounds for image in each.images)
-        assert (only.question, only.answer) == (rounds[-1].question, None)
-
-
-def test_blind_shows_zeros_and_the_other_ways_the_drawings(data, tiny_model, tiny_tokenizer, monkeypatch):
+def test_blind_shows_zeros_and_otherwise_the_drawings(data, tiny_model, tiny_tokenizer, monkeypatch):
     shown = []
     monkeypatch.setattr(tiny_model, "image_tokens", lambda images, image_tokens=tiny_model.image_tokens:
                         shown.append(images) or image_tokens(images))
-    prompts = [exam.prompt(rounds, "exact") for rounds in exam.exam_questions(data / "test_seen", 1)]
-    exam.greedy_answers(tiny_model, tiny_tokenizer, prompts, blind=False)
-    exam.greedy_answers(tiny_model, tiny_tokenizer, prompts, blind=True)
-    files = [image for rounds in prompts for each in rounds for image in each.images]
-    assert torch.equal(shown[0], torch.stack([load_pixels(file, 64) for file in files]))
-    assert shown[1].shape == shown[0].shape and not shown[1].any()
+    conversations = [rounds for rounds, _ in exam.read_test(data / "tests/unseen")]
+    for blind in (False, True):
+        hold_conversations(tiny_model, tiny_tokenizer, conversations, blind)
+    seeing, blind = torch.cat(shown[:6]), torch.cat(shown[6:])
+    assert len(seeing) == len(blind) == sum(len(each.images) for rounds in conversations for each in rounds)
+    assert all(image.any() for image in seeing) and not blind.any()
 
 
-def test_answers_are_those_of_greedy_decoding_without_cache_and_batch(data, tiny_model, tiny_tokenizer):
-    prompts = [exam.prompt(rounds, "alone") for rounds in exam.exam_questions(data / "test_seen", 2)[::3]]
-    found = exam.greedy_answers(tiny_model, tiny_tokenizer, prompts, blind=False)
-    assert len(found) == len(prompts) and len(set(found)) > 1
-    for rounds, answer in zip(prompts, found):
-        example, ids = to_tensors(encode(rounds, tiny_tokenizer, 4), 64), []
-        with torch.no_grad():
-            x = tiny_model.embed(example["ids"][None], example["kind"][None],
-                                 tiny_model.image_tokens(example["images"]))
-            while len(ids) < exam.MAX_ANSWER and ids[-1:] != [tiny_tokenizer.eos]:
-                said = tiny_model.llama.embed_tokens(torch.tensor([ids], dtype=torch.long))
-                kind = torch.cat((example["kind"], torch.ones(len(ids), dtype=torch.long)))[None]
-                cache = Cache(tiny_model.llama, 1, kind.shape[1])
-                ids.append(int(tiny_model.prefill(torch.cat((x, said), dim=1), kind, cache).argmax()))
-        assert answer == tiny_tokenizer.decode([id for id in ids if id != tiny_tokenizer.eos])
+def test_every_question_is_asked_and_has_its_topic_and_the_number_of_images(data, tiny_model, monkeypatch):
+    asked = []
+    monkeypatch.setattr(exam, "hold_conversations", lambda model, tokenizer, conversations, blind: asked.append(blind) or [
+        ["gray" if blind else each.answer for each in rounds] for rounds in conversations])
+    marked = run_exam(tiny_model, None, data)
+    assert [one.test for one in marked] == ["seen"] * 18 + ["unseen"] * 18 + ["wordings"] * 18 + ["lower"] * 18 + [
+        "long"] * 48
+    assert asked == [False, True] * 5
+    assert all(one.answer == one.expected and one.blind == "gray" for one in marked)
+    for one in marked:
+        assert one.topic not in ("which", "any", "same", "changed") or one.images > 1
+        assert one.topic != "absent" or one.expected.startswith("There is no ")
+    assert max(one.images for one in marked if one.test == "long") == 3     # of the first three conversations
+    lines = table(marked)
+    assert {line["right"] for name, line in lines.items() if line["questions"]} == {100.0, 0.0}
+    assert lines["good questions refused"]["right"] == 0 and lines["seen pairs, one image"]["blind"] == 0
 
 
-def asked_about(rounds) -> tuple:
-    """The images shown and the question."""
-    return tuple(image for each in rounds for image in each.images), rounds[-1].question
+def one(**given) -> Marked:
+    return replace(Marked("seen", 0, 1, 1, "color", "What color is it?", "red", "red", "red"), **given)
 
 
-@pytest.fixture
-def right(data) -> dict:
-    """The right answer to everything that both test sets ask."""
-    return {asked_about(rounds): rounds[-1].answer
-            for test in world.TESTS for rounds in exam.exam_questions(data / test, 9)}
+@pytest.mark.parametrize("name, inside, outside", [
+    ("seen pairs, one image", one(), one(images=2)), ("seen pairs, several", one(images=3), one(test="unseen", images=3)),
+    ('unseen pairs, "which"', one(test="unseen", topic="which"), one(test="unseen", topic="any")),
+    ("wordings never seen", one(test="wordings"), one(test="wordings", topic="outside")),
+    ("lower case, no marks", one(test="lower"), one(test="long")),
+    ("rounds 13 to 16", one(test="long", round=13, images=8), one(test="long", round=12)),
+    ("rounds 13 to 16, up to 3 images", one(test="long", round=16, images=3), one(test="long", round=16, images=4)),
+    ("5 images", one(test="long", images=5), one(test="long", images=4)),
+    ("absent image", one(topic="absent"), one()), ("outside of its world", one(topic="outside"), one()),
+    ("small talk", one(topic="hello"), one())])
+def test_a_group_counts_what_its_name_says(name, inside, outside):
+    assert exam.GROUPS[name](inside) and not exam.GROUPS[name](outside)
 
 
-def test_a_model_that_answers_right_gets_all_marks_and_none_if_it_is_blind(data, tiny_model, right, monkeypatch):
-    monkeypatch.setattr(exam, "greedy_answers", lambda model, tokenizer, prompts, blind:
-                        ["gray" if blind else right[asked_about(rounds)] for rounds in prompts])
-    rows = exam.run_exam(tiny_model, None, data, 9, quiet=True)
-    assert {(row["exact"], row["alone"], row["blind"]) for row in rows} == {(1.0, 1.0, 0.0)}
-    whole = [row for row in rows if row["topic"] == "all"]
-    assert [(row["test"], row["images"]) for row in whole] == [
-        (test, images) for test in world.TESTS for images in ("one", "several")]
-    for test in world.TESTS:
-        assert sum(row["questions"] for row in whole if row["test"] == test) == 9 * 6
-        assert sum(row["questions"] for row in rows if row["test"] == test) == 2 * 9 * 6
-    assert all(row["images"] == "several" for row in rows if row["topic"] in world.COMPARING)
+def test_shares_errors_and_the_weakest_topic_are_worked_out():
+    marked = ([one(answer="blue")] * 10 + [one()] * 30
+              + [one(topic="size", expected="big", answer="big", blind="big")] * 60
+              + [one(topic="place", answer="no")] * 4                       # too few for the weakest topic
+              + [one(topic="shape", answer="There is no such image.")] * 2)
+    line = table(marked)["seen pairs, one image"]
+    assert (line["questions"], line["topic"]) == (106, "color")
+    assert line["right"] == pytest.approx(100 * 90 / 106) and line["weakest"] == pytest.approx(75)
+    assert line["error"] == pytest.approx(100 * (90 * 16 / 106 ** 3) ** 0.5)
+    assert line["blind"] == pytest.approx(100.0)
+    assert table(marked)["good questions refused"]["right"] == pytest.approx(100 * 2 / 106)
+    assert "seen pairs, one image" in table_text(table(marked)) and "84.9" in table_text(table(marked))
 
 
-def test_marks_are_counted_by_topic_and_a_blank_too_many_is_wrong(data, tiny_model, right, monkeypatch):
-    def answers(model, tokenizer, prompts, blind):
-        return [right[asked_about(rounds)] + " " * (world.topic_of(rounds[-1].question) != "color")
-                for rounds in prompts]
-
-    monkeypatch.setattr(exam, "greedy_answers", answers)
-    rows = exam.run_exam(tiny_model, None, data, 9, quiet=True)
-    for row in rows:
-        if row["topic"] != "all":
-            assert row["exact"] == row["alone"] == row["blind"] == (row["topic"] == "color"), row
-            continue
-        colors = sum(other["questions"] for other in rows if other["topic"] == "color"
-                     and (other["test"], other["images"]) == (row["test"], row["images"]))
-        assert row["exact"] == round(colors / row["questions"], 4)
-
-
-def test_bars_are_shown_unless_the_exam_is_quiet(data, tiny_model, monkeypatch, capsys):
-    monkeypatch.setattr(exam, "greedy_answers", lambda model, tokenizer, prompts, blind: ["no"] * len(prompts))
-    exam.run_exam(tiny_model, None, data, 1, quiet=True)
-    assert capsys.readouterr().err == ""
-    exam.run_exam(tiny_model, None, data, 1)
-    assert "exam, blind" in capsys.readouterr().err
-
-
-def test_the_table_has_a_line_for_each_row():
-    rows = [dict(test="test_seen", images="one", topic="all", questions=40, exact=0.975, alone=1.0, blind=0.25)]
-    lines = exam.table_text(rows).splitlines()
-    assert len(lines) == 4 and "gray images (blind)" in lines[1]
-    assert lines[2].split() == ["test", "images", "topic", "questions", "exact", "alone", "blind"]
-    assert lines[3].split() == ["test_seen", "one", "all", "40", "0.975", "1.0", "0.25"]
+def test_eval_csv_is_read_as_it_was_written(tmp_path):
+    marked = [one(question='Is it "red", or not?\n', answer=""), one(round=7, images=8)]
+    write_marked(marked, tmp_path / "eval.csv")
+    assert read_marked(tmp_path / "eval.csv") == marked

@@ -5,7 +5,7 @@ import re
 import pytest
 
 from tiny.pretrain import named_image
-from tiny.wording import (ABOUT_ONE, BEFORE, COMPARING, NOUNS, ORDINALS, SEEN, TOPICS, UNSEEN, UNSEEN_BEFORE,
+from tiny.wording import (ABOUT_ONE, BEFORE, COMPARING, NOUNS, ORDINALS, PHRASES, TOPICS, UNSEEN_PHRASES, UNSEEN_BEFORE,
                           UNSEEN_THINGS, THINGS, Ask, Wording, name_of)
 from tiny.world import VALUES
 
@@ -22,18 +22,18 @@ def plainly(text: str) -> str:
 
 
 def test_every_topic_has_phrases_for_training_and_others_for_the_exam():
-    assert set(SEEN) == set(UNSEEN) == set(TOPICS) - {"absent"}
-    known = {plainly(phrase) for phrases in SEEN.values() for phrase in phrases}
-    for topic in SEEN:
-        assert len(set(SEEN[topic])) == len(SEEN[topic]) and len(SEEN[topic]) >= 7
-        assert not {plainly(phrase) for phrase in UNSEEN[topic]} & known, topic
+    assert set(PHRASES) == set(UNSEEN_PHRASES) == set(TOPICS) - {"absent"}
+    known = {plainly(phrase) for phrases in PHRASES.values() for phrase in phrases}
+    for topic in PHRASES:
+        assert len(set(PHRASES[topic])) == len(PHRASES[topic]) and len(PHRASES[topic]) >= 7
+        assert not {plainly(phrase) for phrase in UNSEEN_PHRASES[topic]} & known, topic
     begun = {f"{plainly(before)} {phrase}" for before in BEFORE for phrase in known}    # never before small talk
-    assert not {plainly(phrase) for topic in (*ABOUT_ONE, *COMPARING) for phrase in UNSEEN[topic]} & begun
+    assert not {plainly(phrase) for topic in (*ABOUT_ONE, *COMPARING) for phrase in UNSEEN_PHRASES[topic]} & begun
     assert not set(UNSEEN_BEFORE) & set(BEFORE) and not set(UNSEEN_THINGS) & set(THINGS)
 
 
 @pytest.mark.parametrize("wording", [Wording(), Wording(unseen=True), Wording(lower=True), Wording(plain=True)])
-@pytest.mark.parametrize("topic", sorted(SEEN))
+@pytest.mark.parametrize("topic", sorted(PHRASES))
 def test_a_question_has_the_names_and_the_value_that_it_is_about(topic, wording):
     rng, synonyms = random.Random(0), {"big": "big|large", "small": "small|little|tiny", "center": "cent(er|re)|middle"}
     for ask in asks(topic) * 20:
@@ -53,7 +53,7 @@ def test_people_type_in_every_way_and_lower_means_always_lower_and_without_marks
         assert any(found in text.lower() for text in texts), found
     assert any(text[-1] not in "?.!" for text in texts) and any(text[-1] == "?" for text in texts)
     assert 0.2 < sum(text == text.lower() for text in texts) / 400 < 0.6
-    for topic in SEEN:
+    for topic in PHRASES:
         for _ in range(50):
             text = Wording(lower=True).question(asks(topic)[0], ["image A", "image B"], False, rng)
             assert text == text.lower() and text[-1] not in "?.!"

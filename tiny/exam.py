@@ -53,7 +53,8 @@ def read_test(folder: Path) -> list[tuple[list[Round], list[str]]]:
 
 
 @torch.no_grad()
-def converse(model: VisualChat, tokenizer: Tokenizer, conversations: list[list[Round]], blind: bool) -> list[list]:
+def hold_conversations(model: VisualChat, tokenizer: Tokenizer, conversations: list[list[Round]],
+                       blind: bool) -> list[list[str]]:
     """Ask the questions of conversations with equally many rounds, and let the model take the likeliest tokens.
 
     Returns the answers of each round. The model goes on from its own answers. If blind, it sees gray images.
@@ -74,8 +75,8 @@ def converse(model: VisualChat, tokenizer: Tokenizer, conversations: list[list[R
         ids, kind, images = (batch[name].to(device) for name in ("ids", "kind", "images"))
         images = torch.zeros_like(images) if blind else images  # Pixels are normalized: zero is a medium gray.
         x = model.embed(ids, kind, model.image_tokens(images))
-        logits, tokens, ended = model.prefill(x, kind, cache, batch["lengths"]), [], torch.zeros(n, dtype=torch.bool)
-        before = cache.past
+        logits = model.prefill(x, kind, cache, batch["lengths"])
+        tokens, ended, before = [], torch.zeros(n, dtype=torch.bool), cache.past
         for token in model.generate(logits, cache, MAX_ANSWER):
             tokens.append(token.cpu())
             ended |= tokens[-1] == eos
@@ -97,14 +98,14 @@ def run_exam(model: VisualChat, tokenizer: Tokenizer, data: Path) -> list[Marked
         test = read_test(folder)
         for start in tqdm(range(0, len(test), AT_ONCE), f"exam, {folder.name}", leave=False):
             part = test[start:start + AT_ONCE]
-            seeing, blind = (converse(model, tokenizer, [rounds for rounds, _ in part], blind)
+            seeing, blind = (hold_conversations(model, tokenizer, [rounds for rounds, _ in part], blind)
                              for blind in (False, True))
             for i, (rounds, topics) in enumerate(part):
                 shown = 0
                 for j, (round_, topic) in enumerate(zip(rounds, topics)):
                     shown += len(round_.images)
-                    marked.append(Marked(folder.name, start + i, j + 1, shown, topic, round_.question, round_.answer,
-                                         seeing[i][j], blind[i][j]))
+                    marked.append(Marked(folder.name, start + i, j + 1, shown, topic, round_.question,
+                                         round_.answer, seeing[i][j], blind[i][j]))
     return marked
 
 
@@ -126,7 +127,8 @@ GROUPS: dict[str, Callable[[Marked], bool]] = {
     "lower case, no marks": lambda one: one.test == "lower" and is_good(one),
     "rounds 13 to 16": lambda one: one.round > 12 and is_good(one),
     "rounds 13 to 16, up to 3 images": lambda one: one.round > 12 and one.images < 4 and is_good(one),
-    **{f"{n} images": lambda one, n=n: one.test == "long" and one.images == n and is_good(one) for n in range(1, 9)},
+    **{f"{n} images": lambda one, n=n: one.test == "long" and one.images == n and is_good(one)
+       for n in range(1, 9)},
     "absent image": lambda one: one.topic == "absent",
     "outside of its world": lambda one: one.topic == "outside",
     "small talk": lambda one: one.topic in ("hello", "thanks"),
@@ -147,7 +149,8 @@ def table(marked: list[Marked]) -> dict[str, dict]:
         share = percent(right)
         topics = {one.topic: [each.answer == each.expected for each in chosen if each.topic == one.topic]
                   for one in chosen}
-        weakest = min(((percent(each), topic) for topic, each in topics.items() if len(each) >= 20), default=(0, "-"))
+        weakest = min(((percent(each), topic) for topic, each in topics.items() if len(each) >= 20),
+                      default=(0, "-"))
         lines[name] = dict(questions=len(chosen), right=share,
                            error=math.sqrt(share * (100 - share) / max(len(chosen), 1)), weakest=weakest[0],
                            topic=weakest[1], blind=percent([one.blind == one.expected for one in chosen]))

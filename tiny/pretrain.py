@@ -27,7 +27,8 @@ from data import SYSTEM, Encoded, Round, collate, encode, to_tensors
 from llama import Llama, LlamaConfig, Tokenizer
 from mmca import IMAGE, TEXT, all_text, separate
 from tiny.wording import (AFTER, ATTRIBUTES, BEFORE, ENDINGS, HELLO, IS, IT, LATEST, LETTERS, LOOKED_FOR, NAMELESS,
-                          NONE, NOUNS, NUMBERS, ORDINALS, OTHERWISE, REFUSALS, SEEN, SHORT_IT, THINGS, TOPICS, WELCOME)
+                          NONE, NOUNS, NUMBERS, ORDINALS, OTHERWISE, PHRASES, REFUSALS, SHORT_IT, THINGS, TOPICS,
+                          WELCOME)
 from tiny.world import ALL_SCENES, VALUES, Scene, dialogue, draw_scene, random_scene, write_json
 from visualchat import IGNORE, whole_answers
 from vit import IN_CONFIG, PREFIX, VisionConfig, VisionTransformer, to_pixels
@@ -37,8 +38,8 @@ LLAMA = LlamaConfig(hidden_size=128, intermediate_size=336, num_hidden_layers=6,
                     num_key_value_heads=4, vocab_size=0, rope_theta=1000.0)     # vocab_size: see pretrain_llama
 VIT = VisionConfig(image_size=64, patch_size=8, width=96, layers=4, heads=4, mlp_width=384, output_dim=128,
                    n_queries=4, grid=8)
-WEIGHTS, UNFINISHED, STEPS = Path("weights/tiny"), Path("out/pretrain"), {"vit": 2000, "llama": 7000}
-N_IMAGES, N_FRESH = 20000, 2000         # images to learn from; images and conversations to test with
+WEIGHTS, UNFINISHED, STEPS = Path("weights/tiny"), Path("out/pretrain"), {"vit": 3000, "llama": 7000}
+N_IMAGES, N_FRESH = 40000, 2000         # images to learn from; images and conversations to test with
 N_VALUES = [len(values) for values in ATTRIBUTES.values()]
 # What was printed when weights/tiny was made: of fresh images the ViT (12 minutes on one core) read size 1.0000,
 # color 1.0000, shape 0.9975, place 1.0000. In fresh conversations LLaMA (43 minutes on two cores) answered 1.0000
@@ -47,8 +48,9 @@ N_VALUES = [len(values) for values in ATTRIBUTES.values()]
 
 def train_tokenizer(folder: Path) -> Tokenizer:
     """A sentencepiece model in LLaMA's format: a piece for each word of the tiny world, bytes for all others."""
-    known = [*sum(SEEN.values(), []), *sum(NAMELESS.values(), ()), *sum(IS.values(), ()), *IT, *LATEST, *SHORT_IT, *NOUNS, *ORDINALS, *THINGS, *BEFORE, *AFTER,
-             *sum(LOOKED_FOR.values(), ()), *sum(OTHERWISE.values(), ()), *REFUSALS, HELLO, WELCOME, *VALUES,
+    known = [*sum(PHRASES.values(), []), *sum(NAMELESS.values(), ()), *sum(IS.values(), ()), *IT, *LATEST,
+             *SHORT_IT, *NOUNS, *ORDINALS, *THINGS, *BEFORE, *AFTER, *sum(LOOKED_FOR.values(), ()),
+             *sum(OTHERWISE.values(), ()), *REFUSALS, HELLO, WELCOME, *VALUES,
              *ATTRIBUTES, *LETTERS, *LETTERS.upper(), *NUMBERS, *"0123456789", "x0123456789", "image #1",
              *(f"1{ending}" for ending in ENDINGS), "colour number last", "yes no A big at the", NONE]
     known = [re.sub(r"{\w*}", "", text) for text in known]
@@ -59,8 +61,9 @@ def train_tokenizer(folder: Path) -> Tokenizer:
     pieces = {"▁", "###", *re.findall(r"▁?(?:[A-Za-z]+|\d|###|[^\w▁\s])", text)}
     folder.mkdir(parents=True, exist_ok=True)
     SentencePieceTrainer.train(
-        sentence_iterator=iter([*lines, "~"]), model_prefix=str(folder / "tokenizer"), user_defined_symbols=sorted(pieces),
-        vocab_size=len(pieces) + 320, hard_vocab_limit=False, byte_fallback=True, minloglevel=2, character_coverage=1.0,
+        sentence_iterator=iter([*lines, "~"]),          # It wants a character that is in none of the pieces.
+        model_prefix=str(folder / "tokenizer"), user_defined_symbols=sorted(pieces), vocab_size=len(pieces) + 320,
+        hard_vocab_limit=False, byte_fallback=True, minloglevel=2, character_coverage=1.0,
         normalization_rule_name="identity", remove_extra_whitespaces=False)
     (folder / "tokenizer.vocab").unlink()
     return Tokenizer(folder)
@@ -74,10 +77,9 @@ def numbers_of(scene: Scene) -> list[int]:
 def optimize(tower: nn.Module, heads: nn.Module, loss_of: Callable[[int], Tensor], steps: int, name: str):
     """Reduce loss_of(step). The rates rise for 50 steps; over the last 60 percent they fall to zero.
 
-    Muon moves the tower's matrices, and AdamW embeddings, heads and all that is no matrix. (On this task LLaMA's loss
-    fell in 200 steps with Muon as far as in 250 with AdamW.) Every 500 steps the state is kept in UNFINISHED, and the
-    same call goes on from there. So loss_of must depend on the step alone, and on PyTorch's random numbers, which
-    begin anew at each step.
+    Muon moves the tower's matrices; AdamW moves embeddings, heads and all that is no matrix. Every 500 steps the
+    state is kept in UNFINISHED, and the same call goes on from there. So loss_of must depend on the step alone, and
+    on PyTorch's random numbers, which begin anew at each step.
     """
     outer = ("embed_tokens", "lm_head")
     matrices = [p for name, p in tower.named_parameters()
@@ -86,7 +88,8 @@ def optimize(tower: nn.Module, heads: nn.Module, loss_of: Callable[[int], Tensor
     optimizers = [torch.optim.Muon(matrices, 8e-3, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
                   torch.optim.AdamW(others, 4e-3, (0.9, 0.98), weight_decay=0.01)]
     schedules = [torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / 50, (steps - step) / (0.6 * steps), 1)) for optimizer in optimizers]
+        optimizer, lambda step: min((step + 1) / 50, (steps - step) / (0.6 * steps), 1))
+        for optimizer in optimizers]
     unfinished, parts, begin = UNFINISHED / f"{name}.pt", [tower, heads, *optimizers, *schedules], 0
     if unfinished.exists():
         begin, *states = torch.load(unfinished, weights_only=True)
@@ -147,8 +150,8 @@ def pretrain_vit(steps: int) -> VisionTransformer:
 # heads ask for what it needs on its way to an answer. Each is a linear layer. From the hidden state of a certain
 # token, after one of the layers, it has to tell some numbers. After pre-training the heads are dropped.
 #   image   from the first token after an image: which image it is, and its attributes
-#   name    from the token in a question that completes the name of an image: whether there is such an image, and its
-#           attributes
+#   name    from the token in a question that completes the name of an image: whether there is such an image, and
+#           its attributes
 #   pair    likewise, where it is the question's second image: for each attribute, whether both images share it
 #   value   from a word such as "red", in question or answer: for each image, whether it is red
 #   topic   from the token before an answer: what is asked
@@ -160,7 +163,7 @@ MEANS = {word: value for value in VALUES for word in (value, *OTHERWISE.get(valu
 
 
 def named_image(words: list[str], latest: int) -> int | None:
-    """Which image, counted from 0, a name means that the last of these words completes; None if it completes none."""
+    """Which image the last of these words names, perhaps with those before it, counted from 0; None for no image."""
     before, noun, word = ([""] * 3 + [word.lower() for word in words])[-3:]
     if word in ORDINALS:
         return ORDINALS.index(word)
@@ -184,7 +187,8 @@ def head_targets(encoded: Encoded, scenes: list[Scene], topics: list[str],
             n_shown += 1
         if word == "<s>":
             named = []                                                      # A new round begins.
-        elif kind == TEXT and label == IGNORE and (image := named_image(words[:i + 1][-3:], n_shown - 1)) is not None:
+        image = named_image(words[:i + 1][-3:], latest=n_shown - 1) if kind == TEXT and label == IGNORE else None
+        if image is not None:
             there = 0 <= image < n_shown
             named.append(attributes[image] if there else [IGNORE] * 4)
             yield "name", i, [int(there), *named[-1]]
@@ -199,8 +203,10 @@ def head_targets(encoded: Encoded, scenes: list[Scene], topics: list[str],
 
 def text_batch(rng: random.Random, tokenizer: Tokenizer, counts: list[int], n: int, n_rounds: int):
     """A batch of n conversations in which words stand at the image positions; what the heads are asked, as (head,
-    index in the batch, numbers); and for each question (topic, how many images were shown). counts: how many images
-    a conversation may have."""
+    index in the batch, numbers); and for each question (topic, how many images were shown).
+
+    counts: how many images a conversation may have.
+    """
     examples, asked, topics, start = [], [], [], 0
     for _ in range(n):
         scenes, rounds = dialogue(rng.choice(counts), n_rounds, rng, ALL_SCENES)

@@ -1,9 +1,9 @@
 """How people ask about the tiny world: many phrases for each question, names of images, small talk, typing habits.
 
-    Ask("color", (1,)) ─► "What color is the shape in image 2?", "tell me the colour of the object in the 2nd photo", …
+    Ask("color", (1,)) ─► "What color is the shape in image 2?", "tell me the colour of it in the 2nd photo", …
 
-The phrases of SEEN are for training and those of UNSEEN for the exam alone, so it can measure what a wording does
-that training never showed. Before: sources.py. Next: tiny/world.py, which knows the answers.
+PHRASES are for training and UNSEEN_PHRASES for the exam alone. So it can measure what the model does with words that
+training never showed. Before: sources.py. Next: tiny/world.py, which knows the answers.
 """
 import random
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ class Ask:
     """What somebody wants to know, before it has words."""
     topic: str
     images: tuple[int, ...] = ()    # which images are meant, counted from 0
-    about: str = ""                 # the value that `is`, `any` and `which` ask for, the attribute that `same` compares
+    about: str = ""                 # the value that `is`, `any` and `which` ask for, or the attribute of `same`
 
 
 # ---- names of images ----
@@ -43,8 +43,9 @@ def name_of(image: int, latest: bool, rng: random.Random) -> str:
         return f"image {number}"
     if latest and rng.random() < .1:
         return f"the last {noun}"
-    return rng.choice([f"{noun} {number}", f"{noun} number {number}", f"{noun} {LETTERS[image]}", f"{noun}{number}",
-                       f"{noun} #{number}", f"{noun} {NUMBERS[image]}", f"{noun} {LETTERS[image].upper()}",
+    return rng.choice([f"{noun} {number}", f"{noun} number {number}", f"{noun} {LETTERS[image]}",
+                       f"{noun}{number}", f"{noun} #{number}", f"{noun} {NUMBERS[image]}",
+                       f"{noun} {LETTERS[image].upper()}",
                        f"the {number}{ENDINGS[image]} {noun}", f"the {ORDINALS[image]} {noun}",
                        f"the {ORDINALS[image]} one"])
 
@@ -52,11 +53,12 @@ def name_of(image: int, latest: bool, rng: random.Random) -> str:
 # ---- phrases ----
 
 # {name} and {other} are names of images, {it} is what {name} shows, and {what} is what is looked for or compared.
-SEEN = {
+PHRASES = {
     "size": ["What size is {it}?", "How big is {it}?", "How large is {it}?", "Is {it} big or small?",
              "Is {it} small or large?", "What is the size of {it}?", "Tell me the size of {it}.",
              "What size does {it} have?", "The size of {it}?", "{name}: what size?", "How small or big is {it}?",
-             "Do you know the size of {it}?", "I want to know how big {it} is.", "What size do you see in {name}?"],
+             "Do you know the size of {it}?", "I want to know how big {it} is.",
+             "What size do you see in {name}?"],
     "color": ["What color is {it}?", "Which color is {it}?", "What is the color of {it}?",
               "Which color does {it} have?", "Tell me the color of {it}.", "In what color is {it}?",
               "{name}: what color?", "What color do you see in {name}?", "Do you see what color {it} is?",
@@ -72,18 +74,21 @@ SEEN = {
               "Do you know where {it} is?", "I want to know where {it} is.", "Tell me the place of {it}."],
     "describe": ["Describe {name}.", "What do you see in {name}?", "What is in {name}?", "What does {name} show?",
                  "Tell me about {name}.", "What can you see in {name}?", "Tell me what is in {name}.",
-                 "What is {name} about?", "Give me a description of {name}.", "{name}?", "What do we see in {name}?",
-                 "Describe what you see in {name}.", "I want to know what is in {name}."],
-    "is": ["Is {it} {what}?", "Do you think {it} is {what}?", "Tell me if {it} is {what}.", "{name}: is it {what}?",
-           "I want to know if {it} is {what}.", "{it} is {what}, yes or no?", "Is it {what} in {name}?"],
+                 "What is {name} about?", "Give me a description of {name}.", "{name}?",
+                 "What do we see in {name}?", "Describe what you see in {name}.",
+                 "I want to know what is in {name}."],
+    "is": ["Is {it} {what}?", "Do you think {it} is {what}?", "Tell me if {it} is {what}.",
+           "{name}: is it {what}?", "I want to know if {it} is {what}.", "{it} is {what}, yes or no?",
+           "Is it {what} in {name}?"],
     "any": ["Does any image show {what}?", "Is there an image with {what}?", "Is {what} in any image?",
             "Is there {what} in the images?", "Do you see {what}?", "Can you see {what} in any of the pictures?",
             "Is there any picture of {what}?", "Does one of the photos have {what}?", "Is there {what}?",
             "Do the pictures show {what}?", "Have you seen {what}?", "I want to know if there is {what}."],
     "which": ["Which image shows {what}?", "Which image has {what}?", "In which image is {what}?",
               "Which picture shows {what}?", "Which of the images shows {what}?", "Which one has {what}?",
-              "What image shows {what}?", "Tell me which image shows {what}.", "Which photo is the one that has {what}?",
-              "In which one is {what}?", "Which of the pictures is of {what}?", "{what}: which image?"],
+              "What image shows {what}?", "Tell me which image shows {what}.",
+              "Which photo is the one that has {what}?", "In which one is {what}?",
+              "Which of the pictures is of {what}?", "{what}: which image?"],
     "same": ["Do {name} and {other} have the same {what}?", "Is the {what} of {name} and {other} the same?",
              "Is the {what} the same in {name} and {other}?", "Do {name} and {other} share the {what}?",
              "Are {name} and {other} of the same {what}?", "Does {name} have the same {what} as {other}?",
@@ -102,14 +107,16 @@ SEEN = {
                 "When was {name} made?", "Who is the {thing} in {name}?", "Tell me a story about a {thing}.",
                 "Why is the {thing} in {name}?", "How much is a {thing}?", "What does the {thing} in {name} do?"],
     "hello": ["Hello.", "Hi!", "Hey.", "Good morning.", "Hello, how are you?", "Hi there.", "Good day."],
-    "thanks": ["Thanks.", "Thank you.", "Thanks a lot.", "Great, thanks!", "Ok, thank you.", "Very good.", "Nice!"],
+    "thanks": ["Thanks.", "Thank you.", "Thanks a lot.", "Great, thanks!", "Ok, thank you.", "Very good.",
+               "Nice!"],
 }
-UNSEEN = {
+UNSEEN_PHRASES = {
     "size": ["Which size does {it} have?", "Give me the size of {it}.", "Do you know how large {it} is?",
              "Is it big or small in {name}?", "Tell me how big {it} is.", "In what size is {it}?"],
     "color": ["What color does {it} have?", "Give me the color of {it}.", "Do you know the color of {it}?",
               "The color of {it}?", "Tell me what color you see in {name}.", "{name}: which color?"],
-    "shape": ["What shape do you see in {name}?", "Is the shape in {name} a circle, a star, a square or a triangle?",
+    "shape": ["What shape do you see in {name}?",
+              "Is the shape in {name} a circle, a star, a square or a triangle?",
               "Tell me what shape {name} shows.", "What form does {it} have?", "{name}: what shape?",
               "I want to know the shape in {name}."],
     "place": ["Where do you see {it}?", "At which place is {it}?", "What position does {it} have?",
@@ -118,10 +125,12 @@ UNSEEN = {
                  "Tell me what you see in {name}.", "What is there in {name}?", "Tell me what {name} shows."],
     "is": ["Can you see if {it} is {what}?", "Do you know if {it} is {what}?", "Yes or no: is {it} {what}?",
            "Is {it} {what}, yes or no?"],
-    "any": ["Does any of the images show {what}?", "Is there any image that has {what}?", "Does any photo have {what}?",
-            "Can you see {what}?", "Is {what} in one of the pictures?", "Do you know if there is {what}?"],
+    "any": ["Does any of the images show {what}?", "Is there any image that has {what}?",
+            "Does any photo have {what}?", "Can you see {what}?", "Is {what} in one of the pictures?",
+            "Do you know if there is {what}?"],
     "which": ["Which of them shows {what}?", "In which of the pictures is {what}?", "Which photo has {what}?",
-              "In which image do you see {what}?", "Tell me which picture has {what}.", "Which is the image of {what}?"],
+              "In which image do you see {what}?", "Tell me which picture has {what}.",
+              "Which is the image of {what}?"],
     "same": ["Do {name} and {other} show the same {what}?", "Have {name} and {other} the same {what}?",
              "Is the {what} in {name} and {other} the same?", "Is it the same {what} in {name} and {other}?",
              "Tell me if {name} and {other} have the same {what}."],
@@ -138,11 +147,14 @@ IT = ("the shape in {name}", "the shape in {name}", "the object in {name}", "the
 LATEST = ("the image", "the image", "the picture", "the photo", "this image", "this picture", "the img", "it")
 NAMELESS = {"size": ("What size?", "How big?", "And the size?"), "color": ("What color?", "And the color?"),
             "shape": ("What shape?", "And the shape?"), "place": ("Where?", "And the place?"),
-            "describe": ("What do you see?", "What is it?", "What is this?", "Describe what you see.", "Describe it.")}
+            "describe": ("What do you see?", "What is it?", "What is this?", "Describe what you see.",
+                         "Describe it.")}
 SHORT_IT = ("it", "the shape", "the object", "this thing")      # what the image shows that was just shown alone
-LOOKED_FOR = {"size": ("a {} shape", "a {} object", "something {}"), "color": ("a {} shape", "a {} object", "something {}"),
-              "shape": ("a {}", "a {}", "one {}"), "place": ("a shape at the {}", "something at the {}", "a shape on the {}")}
-OTHERWISE = {"big": ("big", "large"), "small": ("small", "little", "tiny"), "center": ("center", "middle", "centre")}
+LOOKED_FOR = {"size": ("a {} shape", "a {} object", "something {}"),
+              "color": ("a {} shape", "a {} object", "something {}"), "shape": ("a {}", "a {}", "one {}"),
+              "place": ("a shape at the {}", "something at the {}", "a shape on the {}")}
+OTHERWISE = {"big": ("big", "large"), "small": ("small", "little", "tiny"),
+             "center": ("center", "middle", "centre")}
 IS = {"size": ("{}",), "color": ("{}",), "shape": ("a {}",), "place": ("at the {}", "on the {}")}
 THINGS = ("dog cat person man woman child car house tree table chair boat bird flower book ball hat door "
           "bridge street train bottle").split()
@@ -164,13 +176,13 @@ class Wording:
     plain: bool = False         # always in the first phrase, with capitals and marks
 
     def question(self, ask: Ask, names: list[str], short: bool, rng: random.Random) -> str:
-        """What is asked, as it is typed; `names` of the images meant; short: "it" and "the image" are clear, too."""
+        """A question as it is typed; names: of the images meant; short: "it" and "the image" are clear, too."""
         return self.typed(self.words(ask, names, short, rng), ask.topic in ("hello", "thanks"), rng)
 
     def words(self, ask: Ask, names: list[str], short: bool, rng: random.Random) -> str:
         """A phrase for it, with capital and mark."""
         pick = (lambda options: options[0]) if self.plain else rng.choice
-        phrase = pick((UNSEEN if self.unseen else SEEN)[ask.topic])
+        phrase = pick((UNSEEN_PHRASES if self.unseen else PHRASES)[ask.topic])
         name, other = (*names, "", "")[:2]
         it = pick([one for one in IT if ask.topic != "shape" or "shape" not in one])
         if short and not other and not self.plain and rng.random() < .4:

@@ -23,8 +23,8 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 from sources import COCO, DETAIL, DIALOGUE, MARK, SOURCES, SPARKLES_MARK
-from tiny.wording import (ABOUT_ONE, ATTRIBUTES, COMPARING, HELLO, LATEST, NO_IMAGE, NONE, NO_SUCH, OUTSIDE, TOPICS, WELCOME,
-                          Ask, Wording, name_of)
+from tiny.wording import (ABOUT_ONE, ATTRIBUTES, COMPARING, HELLO, LATEST, NO_IMAGE, NO_SUCH, NONE, OUTSIDE, TOPICS,
+                          WELCOME, Ask, Wording, name_of)
 from weights import replacing
 
 Scene = tuple[str, str, str, str]           # what an image shows: a value of each attribute, in their order
@@ -58,10 +58,10 @@ def draw_scene(scene: Scene, rng: random.Random, side: int = 224) -> Image.Image
     radius = side * (rng.uniform(.18, .21) if size == "big" else rng.uniform(.08, .10))
     rotation = rng.uniform(-.2, .2) + (math.pi / 4 if shape == "square" else 0)
     angle = 2 * math.pi / len(CORNERS[shape])
-    corners = [(2 * (x + radius * r * math.sin(rotation + i * angle)), 2 * (y - radius * r * math.cos(rotation + i * angle)))
+    corners = [(x + radius * r * math.sin(rotation + i * angle), y - radius * r * math.cos(rotation + i * angle))
                for i, r in enumerate(CORNERS[shape])]
     mask = Image.new("L", (2 * side, 2 * side))             # drawn twice as big and then reduced: smooth edges
-    ImageDraw.Draw(mask).polygon(corners, 255)
+    ImageDraw.Draw(mask).polygon([(2 * x, 2 * y) for x, y in corners], 255)
     image.paste(tuple(min(255, value + rng.randint(-12, 12)) for value in RGB[color]), mask=mask.reduce(2))
     return image
 
@@ -130,12 +130,12 @@ def beside(n_shown: int, rng: random.Random) -> tuple[str, Ask, str]:
     return topic, Ask(about, images, value), NO_SUCH if n_shown else NO_IMAGE
 
 
-def dialogue(n_images: int, n_rounds: int, rng: random.Random, allowed: frozenset[Scene], wording: Wording = Wording(),
-             n_beside: float = .15) -> tuple[list[Scene], list]:
+def dialogue(n_images: int, n_rounds: int, rng: random.Random, allowed: frozenset[Scene],
+             wording: Wording = Wording(), n_beside: float = .15) -> tuple[list[Scene], list]:
     """A conversation: its scenes, and its rounds as (scenes of new images, topic, question, answer).
 
-    All images come by its middle. n_beside: the share of rounds that are not about what an image shows. One in
-    five conversations begins with such a round, before any image.
+    All images come by its middle. n_beside: the share of rounds that are not about what an image shows, and of
+    conversations that begin with such a round, before any image.
     """
     late = n_rounds > 3 and rng.random() < min(n_beside, .2)
     starts = [int(late)] + [rng.choice([int(late), rng.randrange(int(late), n_rounds // 2 + 1)])
@@ -223,11 +223,11 @@ def write_llava_dial(folder: Path, dialogues: Dialogues, images: ImageFolder):
     write_json(folder / DIALOGUE, records)
 
 
-def write_llava(folder: Path, n: int, images: ImageFolder, allowed: frozenset[Scene]) -> list[tuple[str, Scene]]:
+def write_llava(folder: Path, n: int, images: ImageFolder) -> list[tuple[str, Scene]]:
     """LLaVA's other two files: n records of three rounds about one image; returns (name, scene) of all images."""
     records, shown = [], []
     for _ in tqdm(range(n), f"drawing {folder}", leave=False):
-        scene = random_scene(images.rng, [scene for _, scene in shown[-1:]], allowed)
+        scene = random_scene(images.rng, [scene for _, scene in shown[-1:]], SEEN)
         shown.append((images.add(scene), scene))
         rounds = different_questions([scene], 3, images.rng)
         records.append(llava_record([shown[-1][0]], [(int(i == 0), *pair) for i, pair in enumerate(rounds)]))
@@ -248,12 +248,12 @@ def write_instructions(folder: Path, code: str, groups: list[list[tuple[str, Sce
     write_json(folder / f"MIMIC-IT/{code}_instructions.json", {"meta": {"version": "tiny"}, "data": data})
 
 
-def write_mimicit(folder: Path, code: str, n: int, most_images: int, rng: random.Random, allowed: frozenset[Scene]):
+def write_mimicit(folder: Path, code: str, n: int, most_images: int, rng: random.Random):
     """A part of MIMIC-IT whose images are base64 text in a JSON file: n groups of 2 to most_images images."""
     groups, texts = [[] for _ in range(n)], {}
     for i, group in enumerate(groups):
         for _ in range(2 + i % (most_images - 1)):
-            scene = random_scene(rng, [scene for _, scene in group], allowed)
+            scene = random_scene(rng, [scene for _, scene in group], SEEN)
             file, name = BytesIO(), f"{len(texts):06d}"
             draw_scene(scene, rng).save(file, "JPEG", quality=90)
             group.append((name, scene))
@@ -262,14 +262,14 @@ def write_mimicit(folder: Path, code: str, n: int, most_images: int, rng: random
     write_json(folder / f"MIMIC-IT/{code}.json", texts)
 
 
-def write_sparkles(folder: Path, name: str, n: int, rng: random.Random, allowed: frozenset[Scene]):
+def write_sparkles(folder: Path, name: str, n: int, rng: random.Random):
     """A part of SparklesDialogue: n conversations of two rounds, which add two images and then one."""
     images, conversations = ImageFolder(folder / name / "images", rng, digits=1), []
     for _ in range(n):
         scenes, shown, messages = [], [], []
         for n_new in (2, 1):
             for _ in range(n_new):
-                scenes.append(random_scene(rng, scenes, allowed))
+                scenes.append(random_scene(rng, scenes, SEEN))
                 shown.append({"image_id": int(images.add(scenes[-1])), "caption": " ".join(scenes[-1])})
             # Not "which", because its answer names an image.
             ask, answer = random_question(scenes, rng, [topic for topic in TOPICS if topic != "which"])
@@ -295,17 +295,17 @@ def write_world(folder: Path, n: int, seed: int):
     rng = random.Random(seed)
     images = ImageFolder(folder / COCO, rng)
     write_llava_dial(folder, Dialogues(n, (2, 3) * 6 + (4, 5, 6, 7, 8)), images)
-    shown = write_llava(folder, n, images, SEEN)
+    shown = write_llava(folder, n, images)
     write_instructions(folder, "CGD", [shown[i:i + 2] for i in range(0, n // 2, 2)], rng)   # about LLaVA's images
     for code, divisor, most_images in (("SD", 10, 2), ("SN", 50, 3), ("TVC", 50, 3), ("VST", 50, 3)):
-        write_mimicit(folder, code, n // divisor, most_images, rng, SEEN)
+        write_mimicit(folder, code, n // divisor, most_images, rng)
     for name in ("SparklesDialogueCC", "SparklesDialogueVG"):
-        write_sparkles(folder, name, n // 20, rng, SEEN)
+        write_sparkles(folder, name, n // 20, rng)
 
 
 def ensure(data: Path):
     """Draw a data folder, unless it is there already."""
-    if not all((data / file).exists() for file in SOURCES["sparkles_dialogue"].files):      # They are written last.
+    if not all((data / file).exists() for file in SOURCES["sparkles_dialogue"].files):      # written last
         write_world(data, N_CONVERSATIONS, seed=0)
 
 
