@@ -1,22 +1,82 @@
-"""How is an image computed only once? What LLaMA's layers know of images, kept for later conversations.
+"""How is an image computed only once? What the towers make of images, kept for later.
 
-Under MMCA an image token attends to itself alone. So the keys (before RoPE) and values that LLaMA's layers compute
-for an image depend on nothing but the image: they are the same in every conversation and at every position. For an
-image that is known, neither the ViT nor LLaMA runs. Side room of chat.py.
+    KeptFeatures   for training: what the frozen ViT makes of an image
+    Album          for chat: the keys and values that LLaMA's layers make of its image tokens
+
+Under MMCA an image token attends to itself alone. So the keys (before RoPE) and values of an image depend on nothing
+but the image: they are the same in every conversation and at every position. For an image that is known, neither the
+ViT nor LLaMA runs. Side room of train.py and chat.py.
 """
 import contextlib
 import hashlib
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+from tqdm import tqdm
 
+from data import ImageFile
 from visualchat import TRAINED, ModelConfig, VisualChat, towers
-from vit import load_pixels
+from vit import VisionTransformer, load_pixels
 from weights import read_file, replacing
 
+
+# ---- for training ----
+
+class KeptFeatures:
+    """What the frozen ViT makes of images, kept on disk, so that training need not run it again.
+
+    Each image has one FP16 safetensors file, which is named by a digest of the image's bytes. It lies in a folder
+    that is named by a digest of the ViT's weights. So changed images and other weights never get old features.
+    """
+
+    def __init__(self, folder: Path, vit: VisionTransformer):
+        digest = hashlib.sha256(f"1 {vit.config}".encode())     # increase this 1 when load_pixels changes
+        for name, tensor in vit.state_dict().items():
+            digest.update(name.encode())
+            digest.update(tensor.contiguous().flatten().view(torch.uint8).cpu().numpy())
+        self.folder, self.shape = folder / digest.hexdigest()[:16], (vit.config.n_queries, vit.config.output_dim)
+
+    def file(self, image: ImageFile) -> Path:
+        return self.folder / f"{hashlib.sha256(image.read_bytes()).hexdigest()}.safetensors"
+
+    def load(self, image: ImageFile) -> Tensor:
+        """(n_queries, output_dim) in FP16; raises ValueError where there is no file or it holds something else."""
+        if not (file := self.file(image)).exists():
+            raise ValueError(f"no features were kept of {image}: it could not be read")
+        found = read_file(file)
+        if set(found) != {"features"} or found["features"].shape != self.shape:
+            raise ValueError(f"{file} holds no features {self.shape} of {image}: delete it")
+        return found["features"]
+
+    @torch.no_grad()
+    def fill(self, images: list[ImageFile], vit: VisionTransformer, skip_bad: bool = False, n: int = 16):
+        """Run the ViT, n images at a time, on those that have no file yet; raises as `load_pixels` does."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        weight, size = vit.conv1.weight, vit.config.image_size
+
+        def opened(image: ImageFile) -> tuple[Path, Tensor] | None:
+            try:
+                file = self.file(image)
+                return None if file.exists() else (file, load_pixels(image, size))
+            except (ValueError, OSError):
+                if not skip_bad:
+                    raise
+                return None                     # `load` will find no file for this image and say so.
+
+        with ThreadPoolExecutor(4) as pool:                     # An image may take half a GB while it is opened.
+            for i in tqdm(range(0, len(images), n), "features", leave=False):
+                if new := [found for found in pool.map(opened, images[i:i + n]) if found]:
+                    features = vit(torch.stack([pixels for _, pixels in new]).to(weight)).half().cpu()
+                    for (file, _), values in zip(new, features):
+                        with replacing(file) as unfinished:
+                            save_file({"features": values.clone()}, unfinished)
+
+
+# ---- for chat ----
 
 def fingerprint(folder: Path, config: ModelConfig) -> str:
     """A name that changes with the training result in a folder, and with the weights of its towers."""

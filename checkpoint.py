@@ -23,7 +23,7 @@ from deepspeed.utils import safe_get_full_fp32_param
 from torch import Tensor
 
 from recipe import Options
-from visualchat import TRAINED
+from visualchat import TEMPLATE, TRAINED
 from weights import read_json, replacing
 
 # A run goes on only with the same of these.
@@ -77,6 +77,9 @@ def latest(options: Options) -> dict | None:
     if not (folder / "latest").exists():
         return None
     progress = read_json(folder / (folder / "latest").read_text() / "progress.json")
+    if (template := progress.get("template", 1)) != TEMPLATE:
+        raise ValueError(f"{options.out} was started with version {template} of the prompt template, and data.py has "
+                         f"version {TEMPLATE}: delete {folder} and start again")
     if not options.resume:
         raise ValueError(f"{options.out} holds a run that stopped at step {progress['step']}: go on with "
                          f"--resume, start another with another --out, or delete {folder}")
@@ -106,7 +109,7 @@ def save_checkpoint(engine, options: Options, progress: dict):
     engine.save_checkpoint(str(folder), tag, save_latest=False, exclude_frozen_parameters=True)
     if dist.get_rank() == 0:
         state = {**progress, "ranks": dist.get_world_size(), "options": {n: getattr(options, n) for n in SAME},
-                 "sums": sums(parts)}
+                 "sums": sums(parts), "template": TEMPLATE}
         (folder / tag / "progress.json").write_text(json.dumps(state, indent=1))
         with replacing(folder / "latest") as new:
             new.write_text(tag)

@@ -8,28 +8,23 @@ for training and for chat, and shows an example. An image becomes as many positi
 All markers, such as `### Question:`, are plain text: special tokens made the paper's model worse (section 4.3).
 sources.py reads conversations from the nine datasets. Before: visualchat.py. Next: train.py.
 """
-import hashlib
 import random
 import sys
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import groupby
 from multiprocessing import Array
-from pathlib import Path
 from typing import Protocol
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import Dataset
-from tqdm import tqdm
 
 from llama import Tokenizer
 from mmca import IMAGE, TEXT
 from visualchat import IGNORE
-from vit import VisionConfig, VisionTransformer, load_pixels
-from weights import printable, read_file, replacing
+from vit import VisionConfig, load_pixels
+from weights import printable
 
 SYSTEM = "You are a powerful vision-language assistant."        # the paper's (Figure 3)
 MAX_POSITIONS = 4096            # LLaMA-2's context, image tokens included
@@ -170,61 +165,18 @@ def order(n: int, seed: int, epoch: int, rank: int = 0, ranks: int = 1) -> list[
 
 # ---- batches ----
 
-class Features:
-    """What the frozen ViT makes of images, kept on disk, so that training need not run it again.
+class Features(Protocol):
+    """What the ViT makes of images, where it is kept: album.py has it."""
+    shape: tuple[int, int]      # (n_queries, output_dim)
 
-    Each image has one FP16 safetensors file, which is named by a digest of the image's bytes. It lies in a folder
-    that is named by a digest of the ViT's weights. So changed images and other weights never get old features.
-    """
-
-    def __init__(self, folder: Path, vit: VisionTransformer):
-        digest = hashlib.sha256(f"1 {vit.config}".encode())     # increase this 1 when load_pixels changes
-        for name, tensor in vit.state_dict().items():
-            digest.update(name.encode())
-            digest.update(tensor.contiguous().flatten().view(torch.uint8).cpu().numpy())
-        self.folder, self.shape = folder / digest.hexdigest()[:16], (vit.config.n_queries, vit.config.output_dim)
-
-    def file(self, image: ImageFile) -> Path:
-        return self.folder / f"{hashlib.sha256(image.read_bytes()).hexdigest()}.safetensors"
-
-    def load(self, image: ImageFile) -> Tensor:
-        """(n_queries, output_dim) in FP16; raises ValueError where there is no file or it holds something else."""
-        if not (file := self.file(image)).exists():
-            raise ValueError(f"no features were kept of {image}: it could not be read")
-        found = read_file(file)
-        if set(found) != {"features"} or found["features"].shape != self.shape:
-            raise ValueError(f"{file} holds no features {self.shape} of {image}: delete it")
-        return found["features"]
-
-    @torch.no_grad()
-    def fill(self, images: list[ImageFile], vit: VisionTransformer, skip_bad: bool = False, n: int = 16):
-        """Run the ViT, n images at a time, on those that have no file yet; raises as `load_pixels` does."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        weight, size = vit.conv1.weight, vit.config.image_size
-
-        def opened(image: ImageFile) -> tuple[Path, Tensor] | None:
-            try:
-                file = self.file(image)
-                return None if file.exists() else (file, load_pixels(image, size))
-            except (ValueError, OSError):
-                if not skip_bad:
-                    raise
-                return None                     # `load` will find no file for this image and say so.
-
-        with ThreadPoolExecutor(4) as pool:                     # An image may take half a GB while it is opened.
-            for i in tqdm(range(0, len(images), n), "features", leave=False):
-                if new := [found for found in pool.map(opened, images[i:i + n]) if found]:
-                    features = vit(torch.stack([pixels for _, pixels in new]).to(weight)).half().cpu()
-                    for (file, _), values in zip(new, features):
-                        with replacing(file) as unfinished:
-                            save_file({"features": values.clone()}, unfinished)
+    def load(self, image: ImageFile) -> Tensor: ...
 
 
 def to_tensors(encoded: Encoded, image_size: int, features: Features | None = None) -> dict[str, Tensor]:
     """An example: ids, kind, labels (S) and images (I, 3, image_size, image_size).
 
     If the ViT's features are kept, features (I, n_queries, output_dim) in FP16 take the place of images. Raises as
-    `load_pixels` and `Features.load` do.
+    `load_pixels` and `KeptFeatures.load` do.
     """
     example = {name: torch.tensor(getattr(encoded, name)) for name in ("ids", "kind", "labels")}
     if features:

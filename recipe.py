@@ -35,7 +35,8 @@ class Options:
     datasets: tuple[str, ...] = option((), "datasets or mixtures of them; default: as the paper for this size",
                                        [*SOURCES, *MIXTURES])
     skip_bad: bool = option(False, "leave out records that cannot be read, and say how many, instead of stopping")
-    cache_features: str = option("", "folder that keeps what the ViT makes of each image; it runs once")
+    cache_features: str = option(None, "folder that keeps what the ViT makes of each image, so that it runs once; "
+                                       "default out/features for tiny, else none", kind=str)
     seed: int = option(0, "of the validation split, the order and the projection's first values")
     # How?
     epochs: int = option(None, "passes over the data; default 4 for tiny, else as in the paper", least=1, kind=int)
@@ -81,8 +82,9 @@ def paper_epochs(size: str, datasets: tuple[str, ...]) -> int:
 def for_size(options: Options) -> Options:
     """Options with what is None filled in. A GPU is expected to be there for --plan."""
     datasets = options.datasets or (MIXTURE[options.size],)
-    usual = (dict(data="data/tiny", epochs=4, batch=16, lr=2e-3) if options.size == "tiny" else
-             dict(data="data", epochs=paper_epochs(options.size, datasets), batch=128, lr=1e-3))
+    usual = (dict(data="data/tiny", cache_features="out/features", epochs=4, batch=16, lr=2e-3)
+             if options.size == "tiny" else
+             dict(data="data", cache_features="", epochs=paper_epochs(options.size, datasets), batch=128, lr=1e-3))
     on_gpu = options.plan or (torch.accelerator.current_accelerator(check_available=True) is not None
                               and os.environ.get("DS_ACCELERATOR") != "cpu")         # DeepSpeed's own switch
     usual |= dict(out=f"out/{options.size}", precision="fp16" if on_gpu else "fp32")

@@ -26,8 +26,9 @@ from tqdm import tqdm
 from zero import (DTYPES, build_model, check_machine, check_options, dist, engine_for, get_accelerator,
                   per_rank, plan_text, settings_for, share_of_peak, start)
 
+from album import KeptFeatures
 from checkpoint import Stop, has_ended, latest, load_checkpoint, remove_checkpoints, save_checkpoint, trained
-from data import Conversations, Features, collate, order, pack, split
+from data import Conversations, collate, order, pack, split
 from llama import Tokenizer
 from mmca import IMAGE
 from recipe import Options, command_line
@@ -50,7 +51,7 @@ def load_data(options: Options, config: ModelConfig, tokenizer: Tokenizer,
     if options.cache_features:
         vit = VisionTransformer.from_pretrained(        # The model's own ViT may be shared out among the ranks.
             towers(config)[1], DTYPES[options.precision], device)
-        features = Features(Path(options.cache_features), vit)
+        features = KeptFeatures(Path(options.cache_features), vit)
         images = list(dict.fromkeys(image for conversation in conversations for round_ in conversation.rounds
                                     for image in round_.images))
         features.fill(images[rank::ranks], vit, options.skip_bad)

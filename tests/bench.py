@@ -39,8 +39,9 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import mmca as mmca_module
+from album import KeptFeatures
 from chat import Chat
-from data import Conversations, Features, Round, collate, encode, encode_round, pack, to_tensors
+from data import Conversations, Round, collate, encode, encode_round, pack, to_tensors
 from decode import compile_step, with_short_weights
 from llama import LLAMA_2, Cache, Llama, LlamaConfig, Tokenizer, read_llama_config
 from mmca import IMAGE, TEXT, compact_attention, mmca, separate
@@ -380,7 +381,7 @@ def packing(options):
     model.freeze()
     conversations = random.Random(0).sample(read_datasets(Path("data/tiny"), ["set2"]), 320)
     with tempfile.TemporaryDirectory() as folder:
-        kept = Features(Path(folder), model.vit)
+        kept = KeptFeatures(Path(folder), model.vit)
         kept.fill(images_of(conversations), model.vit)
         rows = list(Conversations(conversations, tokenizer, model.vit.config, features=kept))
     groups = [rows[i:i + 16] for i in range(0, len(rows), 16)]
@@ -469,7 +470,7 @@ def features():
     model.freeze()
     conversations = read_datasets(Path("data/tiny"), ["set2"])[::8]
     with tempfile.TemporaryDirectory() as folder:
-        kept = Features(Path(folder), model.vit)
+        kept = KeptFeatures(Path(folder), model.vit)
         kept.fill(images_of(conversations), model.vit)
         seconds = {}
         for name, given in (("vit", None), ("kept", kept)):

@@ -5,12 +5,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from safetensors.torch import save as serialize
+from safetensors.torch import save as serialize, save_file
 
-from album import Album, fingerprint
+from album import Album, KeptFeatures, fingerprint
 from chat import Chat
-from data import Round, encode_round
+from data import Conversations, Round, collate, encode, encode_round, to_tensors
 from test_chat import ask
+from test_data import N, conversations_about
 from visualchat import save
 from weights import read_file
 
@@ -98,3 +99,48 @@ def test_another_training_result_or_tower_has_another_fingerprint(overfitted, co
     assert names[0] == names[2] != names[1]
     shutil.copytree(config.vit, tmp_path / "vit")
     assert fingerprint(tmp_path / "a", replace(config, vit=str(tmp_path / "vit"))) != names[0]
+
+
+# ---- kept features ----
+
+def test_features_are_what_the_vit_makes_and_are_made_once(model, tokenizer, image_files, tmp_path, monkeypatch):
+    vit, conversations = model.vit, conversations_about(image_files)
+    features = KeptFeatures(tmp_path, vit)
+    features.fill(image_files, vit, n=3)
+    live, kept = (collate(list(Conversations(conversations, tokenizer, vit.config, features=given)))
+                  for given in (None, features))
+    assert "features" not in live and "images" not in kept and kept["features"].dtype == torch.float16
+    torch.testing.assert_close(kept["features"].float(), vit(live["images"]), atol=2e-3, rtol=2e-3)
+    assert model(**kept)[0].mean().item() == pytest.approx(model(**live)[0].mean().item(), abs=2e-3)
+    monkeypatch.setattr(type(vit), "forward", lambda *args: 1 / 0)
+    features.fill(image_files, vit)                             # nothing is left to do
+    model(**kept)
+    assert len(list(tmp_path.rglob("*.safetensors"))) == len(image_files)
+
+
+def test_features_belong_to_their_image_s_bytes_and_their_encoder(model, image_files, tmp_path):
+    vit = model.vit
+    features = KeptFeatures(tmp_path, vit)
+    features.fill(image_files[:1], vit)
+    copy = tmp_path / "copy.png"
+    copy.write_bytes(image_files[0].read_bytes())
+    assert torch.equal(features.load(copy), features.load(image_files[0]))
+    with pytest.raises(ValueError, match=f"no features were kept of {image_files[1]}"):
+        features.load(image_files[1])
+    with torch.no_grad():
+        vit.ln_post.bias += 1
+    with pytest.raises(ValueError, match="no features were kept"):
+        KeptFeatures(tmp_path, vit).load(image_files[0])
+    save_file({"features": torch.zeros(3, 3)}, features.file(image_files[0]))
+    with pytest.raises(ValueError, match=f"no features .* of {image_files[0]}: delete it"):
+        features.load(image_files[0])
+
+
+def test_kept_features_of_conversations_without_an_image_are_none_in_the_same_type(model, tokenizer, image_files,
+                                                                                   tmp_path):
+    features = KeptFeatures(tmp_path, model.vit)
+    features.fill(image_files[:1], model.vit)
+    none, one = (to_tensors(encode([Round(tuple(image_files[:n]), "Q?", "A.")], tokenizer, N), 16, features)
+                 for n in (0, 1))
+    assert none["features"].shape == (0, N, 128) and set(none) == {"ids", "kind", "labels", "features"}
+    assert collate([none, one])["features"].dtype == none["features"].dtype == torch.float16

@@ -1,4 +1,4 @@
-"""Claims about data.py: the template and its labels, truncation, the order, batches, kept features."""
+"""Claims about data.py: the template and its labels, truncation, the order, batches."""
 from io import BytesIO
 from itertools import combinations, groupby
 
@@ -6,10 +6,9 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 from PIL import Image
-from safetensors.torch import save_file
 from torch.utils.data import DataLoader
 
-from data import (SYSTEM, Conversation, Conversations, Features, Round, collate, encode, encode_round, line_ids,
+from data import (SYSTEM, Conversation, Conversations, Round, collate, encode, encode_round, line_ids,
                   marked, order, pack, split, to_tensors)
 from llama import Tokenizer
 from mmca import IMAGE, TEXT
@@ -251,48 +250,3 @@ def test_workers_make_the_same_batches(tokenizer, image_files):
     for ours, theirs in zip(here, there):
         assert ours.pop("lengths") == theirs.pop("lengths") and ours.keys() == theirs.keys()
         assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-
-
-# ---- kept features ----
-
-def test_features_are_what_the_vit_makes_and_are_made_once(model, tokenizer, image_files, tmp_path, monkeypatch):
-    vit, conversations = model.vit, conversations_about(image_files)
-    features = Features(tmp_path, vit)
-    features.fill(image_files, vit, n=3)
-    live, kept = (collate(list(Conversations(conversations, tokenizer, vit.config, features=given)))
-                  for given in (None, features))
-    assert "features" not in live and "images" not in kept and kept["features"].dtype == torch.float16
-    torch.testing.assert_close(kept["features"].float(), vit(live["images"]), atol=2e-3, rtol=2e-3)
-    assert model(**kept)[0].mean().item() == pytest.approx(model(**live)[0].mean().item(), abs=2e-3)
-    monkeypatch.setattr(type(vit), "forward", lambda *args: 1 / 0)
-    features.fill(image_files, vit)                             # nothing is left to do
-    model(**kept)
-    assert len(list(tmp_path.rglob("*.safetensors"))) == len(image_files)
-
-
-def test_features_belong_to_their_image_s_bytes_and_their_encoder(model, image_files, tmp_path):
-    vit = model.vit
-    features = Features(tmp_path, vit)
-    features.fill(image_files[:1], vit)
-    copy = tmp_path / "copy.png"
-    copy.write_bytes(image_files[0].read_bytes())
-    assert torch.equal(features.load(copy), features.load(image_files[0]))
-    with pytest.raises(ValueError, match=f"no features were kept of {image_files[1]}"):
-        features.load(image_files[1])
-    with torch.no_grad():
-        vit.ln_post.bias += 1
-    with pytest.raises(ValueError, match="no features were kept"):
-        Features(tmp_path, vit).load(image_files[0])
-    save_file({"features": torch.zeros(3, 3)}, features.file(image_files[0]))
-    with pytest.raises(ValueError, match=f"no features .* of {image_files[0]}: delete it"):
-        features.load(image_files[0])
-
-
-def test_kept_features_of_conversations_without_an_image_are_none_in_the_same_type(model, tokenizer, image_files,
-                                                                                   tmp_path):
-    features = Features(tmp_path, model.vit)
-    features.fill(image_files[:1], model.vit)
-    none, one = (to_tensors(encode([Round(tuple(image_files[:n]), "Q?", "A.")], tokenizer, N), 16, features)
-                 for n in (0, 1))
-    assert none["features"].shape == (0, N, 128) and set(none) == {"ids", "kind", "labels", "features"}
-    assert collate([none, one])["features"].dtype == none["features"].dtype == torch.float16
