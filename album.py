@@ -86,6 +86,10 @@ def fingerprint(folder: Path, config: ModelConfig) -> str:
     return digest.hexdigest()[:16]
 
 
+def digest_of(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
 def checksum(values: Tensor) -> int:
     return zlib.crc32(values.view(torch.uint8).numpy())
 
@@ -93,7 +97,7 @@ def checksum(values: Tensor) -> int:
 class Album:
     """The newest images in memory, and all of them in a folder, if one is given.
 
-    An image is known by a digest of its file's bytes. Raises OSError where the folder cannot be made.
+    An image is known by the digest of its file's bytes. Raises OSError where the folder cannot be made.
     """
     NEWEST = 16                     # at 7b one image takes 134 MB
 
@@ -122,23 +126,17 @@ class Album:
                     self.remember(digest, found["image_kv"].to(self.model.projection.weight))
         return self.known.get(digest)
 
-    @torch.no_grad()
-    def image_kv(self, files: list[Path]) -> Tensor | None:
-        """Keys and values of these images, one after the other in dimension 3, as `Llama.image_kv` gives them.
+    def find_all(self, digests: list[str]) -> Tensor | None:
+        """Keys and values of these images, one after the other in dimension 3; None unless all are known."""
+        parts = [self.find(digest) for digest in digests]
+        return None if not parts or any(part is None for part in parts) else torch.cat(parts, dim=3)
 
-        New images go through the ViT and LLaMA together. None for no files. Raises as `read_image` does.
-        """
-        digests = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
-        parts = {digest: self.find(digest) for digest in digests}
-        if new := {digest: file for digest, file in zip(digests, files) if parts[digest] is None}:
-            images = torch.stack([load_pixels(file, self.model.vit.config.image_size) for file in new.values()])
-            tokens = self.model.image_tokens(images.to(self.model.projection.weight.device))
-            all_new = self.model.llama.image_kv(tokens.flatten(0, 1))
-            for digest, image_kv in zip(new, all_new.split(tokens.shape[1], dim=3)):
-                parts[digest] = image_kv
-                self.remember(digest, image_kv)
-                self.unsaved.append((digest, image_kv))
-        return torch.cat([parts[digest] for digest in digests], dim=3) if files else None
+    def add(self, digests: list[str], image_kv: Tensor):
+        """Remember images by their keys and values, one after the other in dimension 3."""
+        for digest, part in zip(digests, image_kv.split(self.model.vit.config.n_queries, dim=3), strict=True):
+            if self.find(digest) is None:
+                self.remember(digest, part)
+                self.unsaved.append((digest, part))
 
     def save(self):
         """Write the new images to the folder; raises OSError where that fails, and does not try them again."""

@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from album import Album, fingerprint
+from album import Album, digest_of, fingerprint
 from data import Encoded, Round, encode_round
 from decode import compile_step
 from llama import Cache, Tokenizer
@@ -78,16 +78,16 @@ class Chat:
         ids, kind = (torch.tensor([values[fed:]], device=device)
                      for values in (self.ids + new.ids, self.kind + new.kind))
         try:
-            if model.llama.attention == "mmca":
-                image_kv = self.album.image_kv(new.images)
-                logits = model.prefill(model.llama.embed_tokens(ids), kind, self.cache, image_kv=image_kv)
-            else:                                               # an image's keys depend on what is before it
-                size = model.vit.config.image_size
-                tokens = torch.empty(0, model.vit.config.n_queries, model.llama.config.hidden_size, device=device)
-                if new.images:
-                    images = torch.stack([load_pixels(file, size) for file in new.images])
-                    tokens = model.image_tokens(images.to(device))
+            is_mmca, digests = model.llama.attention == "mmca", [digest_of(file) for file in new.images]
+            known = self.album.find_all(digests) if is_mmca else None   # else an image's keys depend on its place
+            if new.images and known is None:
+                images = torch.stack([load_pixels(file, model.vit.config.image_size) for file in new.images])
+                tokens = model.image_tokens(images.to(device))          # (images, n_queries, C)
                 logits = model.prefill(model.embed(ids, kind, tokens), kind, self.cache)
+                if is_mmca:
+                    self.album.add(digests, self.cache.newest_images(tokens.shape[0] * tokens.shape[1]))
+            else:
+                logits = model.prefill(model.llama.embed_tokens(ids), kind, self.cache, image_kv=known)
         except BaseException:                                   # Ctrl-C, too
             self.cache.past = before
             raise

@@ -122,8 +122,20 @@ class Cache:
         kv[:, :, :, after - text[0].shape[2]:] = torch.stack(text)
         return kv.unbind(), self.write_images(layer, number, torch.cat(image))[:, None].unbind()
 
+    def newest_images(self, tokens: int) -> Tensor:
+        """Keys before RoPE and values of the newest image tokens of a single conversation, for all layers:
+        (layers, 2, H_kv, tokens, D).
+
+        Under MMCA they depend on nothing but the image, so they serve in every conversation and at every position.
+        """
+        kinds = self.past[0]
+        n_image, position = kinds.count(IMAGE), [i for i, kind in enumerate(kinds) if kind == IMAGE][-tokens:]
+        cos, sin = self.rope[:, position, 0]                                    # (tokens, D)
+        parts = (image[0][:, :, n_image - tokens:n_image] for image in self.image)
+        return torch.stack([torch.stack((rotate(k, (cos, -sin)), v)) for k, v in parts])    # -sin turns back
+
     def insert_images(self, image_kv: Tensor, layout: Layout) -> Layout:
-        """Add images by the keys and values that `Llama.image_kv` gave; returns the layout of the text alone.
+        """Add images by the keys and values that `newest_images` gave; returns the layout of the text alone.
 
         RoPE turns their keys to their positions here, so the same image_kv serves at every position.
         """
@@ -302,9 +314,9 @@ class Llama(nn.Module):
 
         They are those of the positions where read (B, T) is true, in order; by default of all that are computed.
         Each row is a conversation, or `lengths` are those of the conversations that lie in the rows one after the
-        other. With a cache, they go on from what is in it. With a cache and image_kv, from the method of that
-        name, the images come from there and x is ignored where kind is IMAGE. Raises ValueError where the cache is
-        full, or where image_kv has another number of image tokens than kind.
+        other. With a cache, they go on from what is in it. With image_kv, from `Cache.newest_images`, the images
+        come from there and x is ignored where kind is IMAGE. Raises ValueError where the cache is full, or where
+        image_kv has another number of image tokens than kind.
         """
         kind = all_text(kind) if self.attention == "causal" else kind
         layout = separate(kind, lengths, cache and cache.past)
@@ -329,22 +341,6 @@ class Llama(nn.Module):
         x = self.embed_tokens(token)[None]                                      # (1, conversations, C)
         kind = torch.full_like(token, TEXT)[None]
         return self.lm_head(self(x, kind, lengths=[1] * len(token), cache=cache))
-
-    @torch.no_grad()
-    def image_kv(self, x: Tensor) -> Tensor:
-        """Keys before RoPE and values of image tokens x (tokens, C) in all layers: (layers, 2, H_kv, tokens, D).
-
-        Under MMCA they depend on nothing but the image, so they serve in every conversation and at every position.
-        Under other names of attention they are made anew each time, and ValueError is raised.
-        """
-        if self.attention != "mmca":
-            raise ValueError(f"under {self.attention} attention an image has no keys and values of its own")
-        layout, cache = separate(torch.full((1, len(x)), IMAGE, device=x.device)), Cache(self, 1, room=0)
-        cache.begin(layout)
-        # At position 0 RoPE turns nothing, so what the cache then holds are keys before RoPE.
-        layout = replace(layout, position=torch.zeros_like(layout.position))
-        self.through_layers(x, layout, layout.index[:0], cache)
-        return torch.stack([image[0][:, :, :len(x)] for image in cache.image])
 
     @classmethod
     def from_pretrained(cls, folder: Path | str, attention: str = "mmca", dtype=None,

@@ -59,7 +59,7 @@ def test_images_are_kept_on_disk_and_a_damaged_file_is_made_anew(chat, image_fil
             if damage == "no checksum":
                 del found["checksum"]
             file.write_bytes(b"nonsense" if damage == "nonsense" else serialize(found))
-        for passes_of_vit in ([2], []):                         # damaged: looked at again; then kept again
+        for passes_of_vit in ([3], []):                         # damaged: looked at again; then kept again
             given["vit"].clear()
             again = Chat(chat.model, chat.tokenizer, Album(chat.model, tmp_path / "album"))
             assert ask(again, [*image_files[:2], image_files[0]]) == first and given["vit"] == passes_of_vit
@@ -71,14 +71,18 @@ def test_the_album_holds_the_newest_images(chat, image_files, monkeypatch):
     digests = [digest(file) for file in image_files]
     assert [chat.album.find(digest) is None for digest in digests] == [True, False, False, True]
     given = passes(chat.model)
-    assert chat.album.image_kv(image_files[:3]).shape[3] == 3 * 4 and given["vit"] == [1]
+    assert chat.album.find_all(digests[:3]) is None and chat.album.find_all(digests[1:3]).shape[3] == 2 * 4
+    ask(chat.again(), image_files[1:3])
+    assert given["vit"] == []
+    ask(chat.again(), image_files[:3])
+    assert given["vit"] == [3]                                  # with one that is new, all are
 
 
 def test_images_found_in_a_folder_do_not_fill_the_memory(chat, image_files, tmp_path, monkeypatch):
     ask(Chat(chat.model, chat.tokenizer, Album(chat.model, tmp_path)), image_files)
     monkeypatch.setattr(Album, "NEWEST", 2)
     album = Album(chat.model, tmp_path)
-    assert album.image_kv(image_files).shape[3] == 4 * 4
+    assert album.find_all([digest(file) for file in image_files]).shape[3] == 4 * 4
     assert len(album.known) == 2
 
 

@@ -1,5 +1,6 @@
 """Claims about checkpoint.py: nothing is lost by a kill or a stop, and a run goes on as if it had not happened."""
 import csv
+import json
 import os
 import random
 import signal
@@ -9,7 +10,8 @@ import time
 
 import pytest
 
-from checkpoint import Stop
+from checkpoint import Stop, latest
+from recipe import Options
 from training import ROOT, SCRIPT, at, begin, finish, wait_for
 
 
@@ -100,3 +102,14 @@ def test_a_run_with_other_options_is_not_resumed(world):
     run.wait()
     run = begin(world, "out/other-options", "--resume", "--seed", "5", "--batch", "8")
     assert "was started with seed 0, now it is 5; " in run.communicate(timeout=120)[0] and run.returncode != 0
+
+
+def test_a_run_of_another_prompt_template_is_not_resumed(tmp_path):
+    folder = tmp_path / "checkpoints"
+    (folder / "step-00000002").mkdir(parents=True)
+    (folder / "latest").write_text("step-00000002")
+    for progress in ({"step": 2}, {"step": 2, "template": 3}):
+        (folder / "step-00000002/progress.json").write_text(json.dumps(progress))
+        with pytest.raises(ValueError, match="was started with version [13] of the prompt template, and data.py has "
+                                             "version 2: delete"):
+            latest(Options(out=str(tmp_path), resume=True))
