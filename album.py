@@ -54,7 +54,10 @@ class KeptFeatures:
 
     @torch.no_grad()
     def fill(self, images: list[ImageFile], vit: VisionTransformer, skip_bad: bool = False, n: int = 16):
-        """Run the ViT, n images at a time, on those that have no file yet; raises as `load_pixels` does."""
+        """Run the ViT, n images at a time, on those that have no file yet.
+
+        Raises ValueError for an image that cannot be read, unless skip_bad is set.
+        """
         self.folder.mkdir(parents=True, exist_ok=True)
         weight, size = vit.conv1.weight, vit.config.image_size
 
@@ -62,9 +65,9 @@ class KeptFeatures:
             try:
                 file = self.file(image)
                 return None if file.exists() else (file, load_pixels(image, size))
-            except (ValueError, OSError):
+            except (ValueError, OSError) as error:
                 if not skip_bad:
-                    raise
+                    raise ValueError(f"{error}. Correct it, or leave out what shows it with --skip-bad") from error
                 return None                     # `load` will find no file for this image and say so.
 
         with ThreadPoolExecutor(4) as pool:                     # An image may take half a GB while it is opened.

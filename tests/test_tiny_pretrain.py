@@ -104,9 +104,9 @@ def test_the_heads_read_the_hidden_state_of_the_token_that_they_are_asked_about(
     class Spy(torch.nn.Module):
         def forward(self, x):
             read.extend(x[:, 0].tolist())
-            return torch.zeros(len(x), sum(pretrain.N_VALUES))
+            return torch.zeros(len(x), 2 + sum(pretrain.N_VALUES))
 
-    pretrain.head_loss({"name": Spy()}, {2: states}, kind, [("name", i, [0] * 4) for i in (3, 0, 6)])
+    pretrain.head_loss({"name": Spy()}, {2: states}, kind, [("name", i, [0] * 5) for i in (3, 0, 6)])
     assert read == [3, 0, 6]
 
 
@@ -123,7 +123,7 @@ def small(tmp_path, monkeypatch) -> dict[str, list[float]]:
         optimize(tower, heads, and_kept, steps, name)
 
     for name, value in (("optimize", noted), ("WEIGHTS", tmp_path), ("UNFINISHED", tmp_path / "unfinished"),
-                        ("STEPS", {"vit": 30, "llama": 6}), ("N_IMAGES", 64), ("N_FRESH", 100)):
+                        ("STEPS", {"vit": 30, "llama": 12}), ("N_IMAGES", 64), ("N_FRESH", 100)):
         monkeypatch.setattr(pretrain, name, value)
     return losses
 

@@ -55,8 +55,8 @@ def test_bf16_trains_to_nearly_the_same_losses(world, tmp_path):
 
 
 def test_the_loss_falls_and_can_be_looked_at(world):
-    found = losses(world, "out/full", lr="1e-3")
-    assert sum(found[-3:]) < 0.7 * sum(found[:3])
+    found = losses(world, "out/full", "--epochs", "3", lr="5e-3")
+    assert sum(found[-9:]) < 0.7 * sum(found[:9])
     with open(world / "out/full/log.csv") as file:
         last = list(csv.DictReader(file))[-1]
     assert 0 < float(last["val_loss"]) < found[0] and 0 <= float(last["exact_match"]) <= 1
@@ -115,8 +115,9 @@ def test_a_broken_image_stops_training_by_name_or_is_skipped_and_counted(world, 
     done = subprocess.run(command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True,
                           text=True, timeout=120)
     last = done.stderr.strip().splitlines()[-1]
-    assert done.returncode != 0 and last.startswith("train.py: data/tiny/llava/conversation_58k.json, record 0000")
-    assert "000000000000.jpg is no readable image" in last and "--skip-bad" in last
+    assert done.returncode != 0 and last.startswith(
+        "train.py: data/tiny/coco/train2017/000000000000.jpg is no readable image")
+    assert last.endswith("Correct it, or leave out what shows it with --skip-bad")
     assert "Traceback" not in done.stderr
     printed = launch(tmp_path, *command, "--skip-bad", "--positions", "160")
     assert "; 1 conversations skipped since the start" in printed
