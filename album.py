@@ -3,9 +3,9 @@
     KeptFeatures   for training: what the frozen ViT makes of an image
     Album          for chat: the keys and values that LLaMA's layers make of its image tokens
 
-Under MMCA an image token attends to itself alone. So the keys (before RoPE) and values of an image depend on nothing
-but the image: they are the same in every conversation and at every position. For an image that is known, neither the
-ViT nor LLaMA runs. Side room of train.py and chat.py.
+Under MMCA an image token attends to itself alone. So the keys (before RoPE) and values of an image depend on
+nothing but the image: they are the same in every conversation and at every position. For an image that is known,
+neither the ViT nor LLaMA runs. Side room of train.py and chat.py.
 """
 import contextlib
 import hashlib

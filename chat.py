@@ -127,7 +127,7 @@ class Chat:
 # ---- the terminal ----
 
 def newest(folder: Path) -> Path:
-    """The newest training result under a folder, or the tiny one that comes with the code; says so if it is that."""
+    """The newest training result under a folder. If there is none, says so and takes the one in weights/tiny."""
     results = sorted(folder.glob(f"*/{TRAINED}"), key=lambda path: path.stat().st_mtime)
     if results:
         return results[-1].parent

@@ -78,8 +78,8 @@ def latest(options: Options) -> dict | None:
         return None
     progress = read_json(folder / (folder / "latest").read_text() / "progress.json")
     if (template := progress.get("template", 1)) != TEMPLATE:
-        raise ValueError(f"{options.out} was started with version {template} of the prompt template, and data.py has "
-                         f"version {TEMPLATE}: delete {folder} and start again")
+        raise ValueError(f"{options.out} was started with version {template} of the prompt template, and data.py "
+                         f"has version {TEMPLATE}: delete {folder} and start again")
     if not options.resume:
         raise ValueError(f"{options.out} holds a run that stopped at step {progress['step']}: go on with "
                          f"--resume, start another with another --out, or delete {folder}")

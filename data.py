@@ -3,8 +3,9 @@
     <s>{system}↵### Image 1: · · ·↵### Question: {question}↵### Answer: {answer}</s><s>↵### Image 2: · · ·↵### …
                              IMAGE                                      └── labels ──┘
 
-This is the template of Figure 3; ↵ is a line break, so every ### stands on a line of its own. encode_round makes it,
-for training and for chat, and shows an example. An image becomes as many positions of kind IMAGE as the ViT gives tokens, here three; they have no ids.
+This is the template of Figure 3; ↵ is a line break, so every ### stands on a line of its own. encode_round makes
+it, for training and for chat, and shows an example. An image becomes as many positions of kind IMAGE as the ViT
+gives tokens, here three; they have no ids.
 All markers, such as `### Question:`, are plain text: special tokens made the paper's model worse (section 4.3).
 sources.py reads conversations from the nine datasets. Before: visualchat.py. Next: train.py.
 """

@@ -46,7 +46,8 @@ class Options:
                                   "longer ones lose their last rounds", least=1)
     lr: float = option(None, "peak learning rate, reached after a tenth of the steps, followed by a cosine; "
                              "default 5e-3 for tiny, else 1e-3", least=0, kind=float)
-    embedding_lr: float = option(None, "that of the token embedding; default a tenth of --lr for tiny, else --lr", least=0, kind=float)
+    embedding_lr: float = option(None, "that of the token embedding; default a tenth of --lr for tiny, else --lr",
+                                 least=0, kind=float)
     workers: int = option(2, "processes per rank that open images", least=0)
     # Where?
     zero: int = option(3, "ZeRO stage: what the ranks share out among them", [0, 1, 2, 3])
@@ -90,7 +91,7 @@ def for_size(options: Options) -> Options:
     usual |= dict(out=f"out/{options.size}", precision="fp16" if on_gpu else "fp32")
     options = replace(options, datasets=datasets, **{name: value for name, value in usual.items()
                                                      if getattr(options, name) is None})
-    if options.embedding_lr is None:                # The embedding of the tiny LLaMA has learned its words already.
+    if options.embedding_lr is None:                    # The tiny LLaMA knows the words of its data already.
         options = replace(options, embedding_lr=options.lr / 10 if options.size == "tiny" else options.lr)
     return options
 

@@ -3,8 +3,8 @@
     python -m experiments.attention                 five seeds of each: ten trainings with their exams
     python -m experiments.attention --seeds 0 1     two seeds
 
-It runs train.py and tiny/exam.py as a user would and reads the eval.csv of each run. Runs that are there already are
-not repeated. The paper compares the two at 7b, on the same two datasets. Before: train.py.
+It runs train.py and tiny/exam.py as a user would and reads the eval.csv of each run. Runs that are there already
+are not repeated. The paper compares the two at 7b, on the same two datasets. Before: train.py.
 """
 import subprocess
 import sys
@@ -21,8 +21,8 @@ COLUMNS = {"right": "", "weakest": ", weakest kind", "blind": ", gray images"}  
 def exam_of(attention: str, seed: int, out: Path, options: list[str]) -> dict[str, dict]:
     """The table of a run's exam. What is missing is trained and examined first; options: more of train.py's."""
     folder = out / f"{attention}-{seed}"
-    train = [sys.executable, str(ROOT / "train.py"), "--size", "tiny", "--attention", attention, "--seed", str(seed),
-             "--out", str(folder), "--resume", *options]
+    train = [sys.executable, str(ROOT / "train.py"), "--size", "tiny", "--attention", attention,
+             "--seed", str(seed), "--out", str(folder), "--resume", *options]
     for result, command in (("trained.safetensors", train),
                             ("eval.csv", [sys.executable, "-m", "tiny.exam", "--model", str(folder)])):
         unfinished = result == "trained.safetensors" and (folder / "checkpoints").exists()
@@ -38,7 +38,8 @@ def main():
     parser.add_argument("--attention", nargs="+", choices=COMPARED, default=list(COMPARED))
     parser.add_argument("--out", type=Path, default=Path("out/attention"))
     options, more = parser.parse_known_args()
-    exams = {name: [exam_of(name, seed, options.out, more) for seed in options.seeds] for name in options.attention}
+    exams = {name: [exam_of(name, seed, options.out, more) for seed in options.seeds]
+             for name in options.attention}
     heads = [f"{name}{title}" for name in exams for title in COLUMNS.values()]
     print("| | questions | " + " | ".join(heads) + " |")
     print("|---" * (2 + len(heads)) + "|")

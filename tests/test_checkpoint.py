@@ -110,6 +110,6 @@ def test_a_run_of_another_prompt_template_is_not_resumed(tmp_path):
     (folder / "latest").write_text("step-00000002")
     for progress in ({"step": 2}, {"step": 2, "template": 3}):
         (folder / "step-00000002/progress.json").write_text(json.dumps(progress))
-        with pytest.raises(ValueError, match="was started with version [13] of the prompt template, and data.py has "
-                                             "version 2: delete"):
+        with pytest.raises(ValueError, match="was started with version [13] of the prompt template, and data.py "
+                                             "has version 2: delete"):
             latest(Options(out=str(tmp_path), resume=True))

@@ -65,8 +65,8 @@ def test_the_same_line_has_the_same_ids_wherever_it_stands(tokenizer):
         return [tuple(line) for line in found if line[:1] == [line_break]]
 
     line_break, same = tokenizer.encode("\n")[-1], Round(("a", "b"), "What is it?", "A cat.")
-    first, second, third = (lines([*before, same])[-4:] for before in (
-        [], [Round((), "What is it?", "A cat.")], [Round((), "Is it?", "Yes"), Round((), "What is it?", "A cat.")]))
+    one, other = Round((), "Is it?", "Yes"), Round((), "What is it?", "A cat.")
+    first, second, third = (lines([*before, same])[-4:] for before in ([], [other], [one, other]))
     assert first == second == third and len(set(first)) == 4
     images = lines([Round(("a",) * 5, "What?", "A cat.")])[:5]
     assert len({line[:3] for line in images}) == 1 and len(set(images)) == 5
@@ -95,7 +95,8 @@ def test_the_table_that_explains_a_round_is_true():
 def test_a_marked_conversation_shows_images_by_their_files_and_what_is_learned(tokenizer):
     rounds = [Round(("a.jpg", "b.jpg"), "What is it?", "A cat."), Round(("c.jpg",), "Sure?", "Yes.")]
     assert marked(encode(rounds, tokenizer, N), tokenizer) == (
-        f"<s>{SYSTEM}\n### Image 1:<a.jpg>\n### Image 2:<b.jpg>\n### Question: What is it?\n### Answer:[[A cat.</s>]]"
+        f"<s>{SYSTEM}\n### Image 1:<a.jpg>\n### Image 2:<b.jpg>\n### Question: What is it?\n"
+        "### Answer:[[A cat.</s>]]"
         "<s>\n### Image 3:<c.jpg>\n### Question: Sure?\n### Answer:[[Yes.</s>]]")
 
 

@@ -123,8 +123,8 @@ def test_a_full_cache_is_refused():
 
 def test_keys_and_values_of_an_image_serve_in_every_conversation_and_at_every_position():
     model, image = tiny("mmca"), torch.randn(3, 48)
-    first = Cache(model, 1, room=2)                             # where the image was first shown, after another one
-    model(torch.cat((torch.randn(3, 48), image))[None], torch.tensor([[TEXT, IMAGE, TEXT] + [IMAGE] * 3]), cache=first)
+    first, kind = Cache(model, 1, room=2), torch.tensor([[TEXT, IMAGE, TEXT] + [IMAGE] * 3])
+    model(torch.cat((torch.randn(3, 48), image))[None], kind, cache=first)  # first shown after another image
     image_kv = first.newest_images(3)
     for before, after in [(0, 4), (2, 2), (4, 0)]:
         kind = torch.tensor([[TEXT] * before + [IMAGE] * 3 + [TEXT] * after + [IMAGE] * 3 + [TEXT]])

@@ -67,8 +67,9 @@ def test_blind_shows_zeros_and_otherwise_the_drawings(data, tiny_model, tiny_tok
 
 def test_every_question_is_asked_and_has_its_topic_and_the_number_of_images(data, tiny_model, monkeypatch):
     asked = []
-    monkeypatch.setattr(exam, "hold_conversations", lambda model, tokenizer, conversations, blind: asked.append(blind) or [
-        ["gray" if blind else each.answer for each in rounds] for rounds in conversations])
+    monkeypatch.setattr(exam, "hold_conversations", lambda model, tokenizer, conversations, blind:
+                        asked.append(blind) or [["gray" if blind else each.answer for each in rounds]
+                                                for rounds in conversations])
     marked = run_exam(tiny_model, None, data)
     assert [one.test for one in marked] == ["seen"] * 18 + ["unseen"] * 18 + ["wordings"] * 18 + ["lower"] * 18 + [
         "long"] * 48
@@ -88,12 +89,13 @@ def one(**given) -> Marked:
 
 
 @pytest.mark.parametrize("name, inside, outside", [
-    ("seen pairs, one image", one(), one(images=2)), ("seen pairs, several", one(images=3), one(test="unseen", images=3)),
+    ("seen pairs, one image", one(), one(images=2)),
+    ("seen pairs, several", one(images=3), one(test="unseen", images=3)),
     ('unseen pairs, "which"', one(test="unseen", topic="which"), one(test="unseen", topic="any")),
     ("wordings never seen", one(test="wordings"), one(test="wordings", topic="outside")),
     ("lower case, no marks", one(test="lower"), one(test="long")),
     ("rounds 13 to 16", one(test="long", round=13, images=8), one(test="long", round=12)),
-    ("rounds 13 to 16, up to 3 images", one(test="long", round=16, images=3), one(test="long", round=16, images=4)),
+    ("rounds 13 to 16, up to 3 images", one(round=16, images=3), one(round=16, images=4)),
     ("5 images", one(test="long", images=5), one(test="long", images=4)),
     ("absent image", one(topic="absent"), one()), ("outside of its world", one(topic="outside"), one()),
     ("small talk", one(topic="hello"), one())])

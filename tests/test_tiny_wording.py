@@ -1,12 +1,12 @@
-"""tiny/wording.py: many phrases for each question, unseen ones stay unseen, names mean the image that they name."""
+"""tiny/wording.py: many phrases for each question, unseen ones stay unseen, names mean their images."""
 import random
 import re
 
 import pytest
 
 from tiny.pretrain import named_image
-from tiny.wording import (ABOUT_ONE, BEFORE, COMPARING, NOUNS, ORDINALS, PHRASES, TOPICS, UNSEEN_PHRASES, UNSEEN_BEFORE,
-                          UNSEEN_THINGS, THINGS, Ask, Wording, name_of)
+from tiny.wording import (ABOUT_ONE, BEFORE, COMPARING, NOUNS, ORDINALS, PHRASES, THINGS, TOPICS, UNSEEN_BEFORE,
+                          UNSEEN_PHRASES, UNSEEN_THINGS, Ask, Wording, name_of)
 from tiny.world import VALUES
 
 
@@ -35,7 +35,8 @@ def test_every_topic_has_phrases_for_training_and_others_for_the_exam():
 @pytest.mark.parametrize("wording", [Wording(), Wording(unseen=True), Wording(lower=True), Wording(plain=True)])
 @pytest.mark.parametrize("topic", sorted(PHRASES))
 def test_a_question_has_the_names_and_the_value_that_it_is_about(topic, wording):
-    rng, synonyms = random.Random(0), {"big": "big|large", "small": "small|little|tiny", "center": "cent(er|re)|middle"}
+    rng = random.Random(0)
+    synonyms = {"big": "big|large", "small": "small|little|tiny", "center": "cent(er|re)|middle"}
     for ask in asks(topic) * 20:
         names = [f"picture {image + 1}" for image in ask.images]
         text = wording.question(ask, names, short=False, rng=rng).lower()

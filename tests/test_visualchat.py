@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from data import Round, collate, encode, to_tensors
 from llama import Cache, Tokenizer
 from mmca import IMAGE, TEXT
-from visualchat import (CONFIG, IGNORE, TEMPLATE, TRAINED, ModelConfig, build, choose, load, readable, save, towers,
-                        whole_answers)
+from visualchat import (CONFIG, IGNORE, TEMPLATE, TRAINED, ModelConfig, build, choose, load, readable, save,
+                        towers, whole_answers)
 
 NAMES = {"projection.weight", "projection.bias", "llama.embed_tokens.weight"}
 

@@ -26,7 +26,7 @@ from tiny.world import DATA, TESTS, ensure_tests
 from visualchat import VisualChat, load, towers
 from weights import read_json, replacing
 
-AT_ONCE, MAX_ANSWER = 80, 12                # conversations in a batch; tokens of an answer: right ones have up to 9
+AT_ONCE, MAX_ANSWER = 80, 12                # conversations in a batch; tokens of an answer (right: up to 9)
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,8 @@
     LLaMA       learns to answer questions about images; four words stand where image tokens will stand
 
 Later train.py keeps both towers as they are and learns to connect them, as in the paper. Their folders have the
-official formats. `python -m tiny.pretrain` makes all three anew, and `python -m tiny.pretrain vit` the ViT alone; what
-was interrupted goes on. Before: tiny/world.py. Next: tiny/exam.py.
+official formats. `python -m tiny.pretrain` makes all three anew, and `python -m tiny.pretrain vit` the ViT alone;
+what was interrupted goes on. Before: tiny/world.py. Next: tiny/exam.py.
 """
 import random
 import re
@@ -41,10 +41,11 @@ VIT = VisionConfig(image_size=64, patch_size=8, width=96, layers=4, heads=4, mlp
 WEIGHTS, UNFINISHED, STEPS = Path("weights/tiny"), Path("out/pretrain"), {"vit": 2000, "llama": 7000}
 N_IMAGES, N_FRESH = 20000, 2000         # images to learn from; images and conversations to test with
 N_VALUES = [len(values) for values in ATTRIBUTES.values()]
-# What was printed when weights/tiny was made. The ViT (7 minutes on two cores) read of 2,000 fresh images size 0.9990,
-# color 1.0000, shape 0.9930, place 0.9980. In 2,000 fresh conversations LLaMA (66 minutes on two cores that had other
-# work, too) answered right with MMCA and with causal attention: with up to one image shown 2249 and 2249 of 2249, with
-# two or three 7337 and 7337 of 7338, with four to eight 6372 and 6370 of 6413 (weakest there: "is", 0.903 and 0.897).
+# What was printed when weights/tiny was made. The ViT (7 minutes on two cores) read of 2,000 fresh images size
+# 0.9990, color 1.0000, shape 0.9930, place 0.9980. In 2,000 fresh conversations LLaMA (66 minutes on two cores
+# that had other work, too) answered right with MMCA and with causal attention: with up to one image 2249 and 2249
+# of 2249, with two or three 7337 and 7337 of 7338, with four to eight 6372 and 6370 of 6413 (weakest there: "is",
+# 0.903 and 0.897).
 
 
 def train_tokenizer(folder: Path) -> Tokenizer:
@@ -79,8 +80,8 @@ def optimize(tower: nn.Module, heads: nn.Module, loss_of: Callable[[int], Tensor
     """Reduce loss_of(step). The rates rise for 50 steps; over the last 60 percent they fall to zero.
 
     Muon moves the tower's matrices; AdamW moves embeddings, heads and all that is no matrix. Every 500 steps the
-    state is kept in UNFINISHED, and the same call goes on from there. So loss_of must depend on the step alone, and
-    on PyTorch's random numbers, which begin anew at each step.
+    state is kept in UNFINISHED, and the same call goes on from there. So loss_of must depend on the step and on
+    PyTorch's random numbers alone, which begin anew at each step.
     """
     outer = ("embed_tokens", "lm_head")
     matrices = [p for name, p in tower.named_parameters()
@@ -126,9 +127,9 @@ def drawn(n: int, seed: int) -> tuple[Tensor, Tensor]:
 def pretrain_vit(steps: int) -> VisionTransformer:
     """A ViT, trained with linear heads that are dropped; prints how often they are right.
 
-    First each token has a head of its own, which tells its attribute. Then, for half as many steps, one head for all
-    tokens has to give 1 for the value that token i tells and 0 for all other values. It is one linear layer, as the
-    projection of VisualChat is: what this head can do, a projection onto word embeddings can do, too.
+    First each token has a head of its own, which tells its attribute. Then, for half as many steps, one head for
+    all tokens has to give 1 for the value that token i tells and 0 for all other values. It is one linear layer,
+    as the projection of VisualChat is: what this head can do, a projection onto word embeddings can do, too.
     """
     vit, heads = VisionTransformer(VIT), nn.ModuleList(nn.Linear(VIT.output_dim, n) for n in N_VALUES)
     images, targets = drawn(N_IMAGES, seed=1)
@@ -178,7 +179,7 @@ MEANS = {word: value for value in VALUES for word in (value, *OTHERWISE.get(valu
 
 
 def named_image(words: list[str], latest: int) -> int | None:
-    """Which image the last of these words names, perhaps with those before it, counted from 0; None for no image."""
+    """Which image, counted from 0, the last of these words names, perhaps with those before it; or None."""
     before, noun, word = ([""] * 3 + [word.lower() for word in words])[-3:]
     if word in ORDINALS:
         return ORDINALS.index(word)

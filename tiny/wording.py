@@ -2,8 +2,8 @@
 
     Ask("color", (1,)) ─► "What color is the shape in image 2?", "tell me the colour of it in the 2nd photo", …
 
-PHRASES are for training and UNSEEN_PHRASES for the exam alone. So it can measure what the model does with words that
-training never showed. Before: sources.py. Next: tiny/world.py, which knows the answers.
+PHRASES are for training and UNSEEN_PHRASES for the exam alone. So it can measure what the model does with words
+that training never showed. Before: sources.py. Next: tiny/world.py, which knows the answers.
 """
 import random
 from dataclasses import dataclass

@@ -23,8 +23,8 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 from sources import COCO, DETAIL, DIALOGUE, MARK, SOURCES, SPARKLES_MARK
-from tiny.wording import (ABOUT_ONE, ATTRIBUTES, COMPARING, HELLO, LATEST, NO_IMAGE, NO_SUCH, NONE, OUTSIDE, TOPICS,
-                          WELCOME, Ask, Wording, name_of)
+from tiny.wording import (ABOUT_ONE, ATTRIBUTES, COMPARING, HELLO, LATEST, NO_IMAGE, NO_SUCH, NONE, OUTSIDE,
+                          TOPICS, WELCOME, Ask, Wording, name_of)
 from weights import replacing
 
 Scene = tuple[str, str, str, str]           # what an image shows: a value of each attribute, in their order
