@@ -35,8 +35,8 @@ def test_a_rate_of_zero_is_honored_and_not_replaced(monkeypatch):
     options = given(monkeypatch, "--lr 0 --embedding-lr 1e-3")
     assert (options.lr, options.embedding_lr) == (0, 1e-3)
     options = given(monkeypatch, "--embedding-lr 0")
-    assert (options.lr, options.embedding_lr) == (5e-3, 0)
-    assert given(monkeypatch, "--lr 5e-4").embedding_lr == 5e-5
+    assert (options.lr, options.embedding_lr) == (2e-2, 0)
+    assert given(monkeypatch, "--lr 4e-4").embedding_lr == 1e-5
     assert given(monkeypatch, "--size 7b --lr 5e-4").embedding_lr == 5e-4
 
 

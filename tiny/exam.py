@@ -4,8 +4,8 @@
     python -m tiny.exam --model weights/tiny/chat
 
 Every conversation of the test sets is held as in chat.py, with the model's own answers in its history. An answer
-counts if it is right word for word. Once more with every image gray ("blind"), to show how much can be guessed.
-eval.csv in the result's folder gets every answer. Before: tiny/world.py, which draws the test sets.
+counts if it is right word for word. The first two test sets come once more with every image gray ("blind"), to show
+how much can be guessed. eval.csv in the result's folder gets every answer. Before: tiny/world.py, which draws the test sets.
 """
 import csv
 import math
@@ -26,6 +26,7 @@ from tiny.world import DATA, TESTS, ensure_tests
 from visualchat import VisualChat, load, towers
 from weights import read_json, replacing
 
+BLIND = ("seen", "unseen")                  # the test sets that are asked with gray images, too
 AT_ONCE, MAX_ANSWER = 80, 12                # conversations in a batch; tokens of an answer (right: up to 9)
 
 
@@ -40,7 +41,7 @@ class Marked:
     question: str
     expected: str
     answer: str
-    blind: str                  # the answer with gray images
+    blind: str                  # the answer with gray images; empty where it is not asked
 
 
 # ---- conversations with a model ----
@@ -98,8 +99,10 @@ def run_exam(model: VisualChat, tokenizer: Tokenizer, data: Path) -> list[Marked
         test = read_test(folder)
         for start in tqdm(range(0, len(test), AT_ONCE), f"exam, {folder.name}", leave=False):
             part = test[start:start + AT_ONCE]
-            seeing, blind = (hold_conversations(model, tokenizer, [rounds for rounds, _ in part], blind)
-                             for blind in (False, True))
+            conversations = [rounds for rounds, _ in part]
+            seeing = hold_conversations(model, tokenizer, conversations, blind=False)
+            blind = (hold_conversations(model, tokenizer, conversations, blind=True) if folder.name in BLIND
+                     else [[""] * len(rounds) for rounds in conversations])
             for i, (rounds, topics) in enumerate(part):
                 shown = 0
                 for j, (round_, topic) in enumerate(zip(rounds, topics)):
@@ -153,7 +156,8 @@ def table(marked: list[Marked]) -> dict[str, dict]:
                       default=(0, "-"))
         lines[name] = dict(questions=len(chosen), right=share,
                            error=math.sqrt(share * (100 - share) / max(len(chosen), 1)), weakest=weakest[0],
-                           topic=weakest[1], blind=percent([one.blind == one.expected for one in chosen]))
+                           topic=weakest[1], blind=percent([one.blind == one.expected for one in chosen
+                                                            if one.test in BLIND]))
     good = [one for one in marked if is_good(one)]
     refused = percent([one.answer in REFUSALS for one in good])
     lines["good questions refused"] = dict(questions=len(good), right=refused, error=math.sqrt(
