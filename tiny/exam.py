@@ -4,8 +4,9 @@
     python -m tiny.exam --model weights/tiny/chat
 
 Every conversation of the test sets is held as in chat.py, with the model's own answers in its history. An answer
-counts if it is right word for word. The first two test sets come once more with every image gray ("blind"), to show
-how much can be guessed. eval.csv in the result's folder gets every answer. Before: tiny/world.py, which draws the test sets.
+counts if it is right word for word. The first two test sets come once more with every image gray ("blind"), to
+show how much can be guessed. eval.csv in the result's folder gets every answer. Before: tiny/world.py, which draws
+the test sets.
 """
 import csv
 import math
