@@ -45,7 +45,8 @@ def main():
     print("|---" * (2 + len(heads)) + "|")
     for group, line in exams[options.attention[0]][0].items():
         values = [[found[group][column] for found in exams[name]] for name in exams for column in COLUMNS]
-        cells = [f"{mean(seeds):.1f} ({min(seeds):.1f} to {max(seeds):.1f})" for seeds in values]
+        cells = ["-" if None in seeds else f"{mean(seeds):.1f} ({min(seeds):.1f} to {max(seeds):.1f})"
+                 for seeds in values]
         print(f"| {group} | {line['questions']} | " + " | ".join(cells) + " |")
 
 

@@ -82,6 +82,7 @@ def test_every_question_is_asked_and_has_its_topic_and_the_number_of_images(data
     lines = table(marked)
     assert {line["right"] for name, line in lines.items() if line["questions"]} == {100.0, 0.0}
     assert lines["good questions refused"]["right"] == 0 and lines["seen pairs, one image"]["blind"] == 0
+    assert lines["wordings never seen"]["blind"] is None and "-\n" in table_text(lines)
 
 
 def one(**given) -> Marked:

@@ -145,7 +145,10 @@ def percent(right: list[bool]) -> float:
 
 def table(marked: list[Marked]) -> dict[str, dict]:
     """For each group of questions: how many, percent right, its standard error, the weakest topic of at least 20
-    questions, percent right with gray images. And how many good questions are refused, in percent."""
+    questions, percent right with gray images. And how many good questions are refused, in percent.
+
+    None stands where nothing was asked.
+    """
     lines = {}
     for name, counts in GROUPS.items():
         chosen = [one for one in marked if counts(one)]
@@ -154,16 +157,20 @@ def table(marked: list[Marked]) -> dict[str, dict]:
         topics = {one.topic: [each.answer == each.expected for each in chosen if each.topic == one.topic]
                   for one in chosen}
         weakest = min(((percent(each), topic) for topic, each in topics.items() if len(each) >= 20),
-                      default=(0, "-"))
+                      default=(None, ""))
+        blind = [one.blind == one.expected for one in chosen if one.test in BLIND]
         lines[name] = dict(questions=len(chosen), right=share,
                            error=math.sqrt(share * (100 - share) / max(len(chosen), 1)), weakest=weakest[0],
-                           topic=weakest[1], blind=percent([one.blind == one.expected for one in chosen
-                                                            if one.test in BLIND]))
+                           topic=weakest[1], blind=percent(blind) if blind else None)
     good = [one for one in marked if is_good(one)]
     refused = percent([one.answer in REFUSALS for one in good])
     lines["good questions refused"] = dict(questions=len(good), right=refused, error=math.sqrt(
-        refused * (100 - refused) / max(len(good), 1)), weakest=0, topic="-", blind=0)
+        refused * (100 - refused) / max(len(good), 1)), weakest=None, topic="", blind=None)
     return lines
+
+
+def share_text(share: float | None) -> str:
+    return "-" if share is None else f"{share:.1f}"
 
 
 def table_text(lines: dict[str, dict]) -> str:
@@ -171,7 +178,8 @@ def table_text(lines: dict[str, dict]) -> str:
     text = f"{'percent right, word for word':<33}questions   right   +-    weakest topic      gray images\n"
     return text + "\n".join(
         f"{name:<33}{line['questions']:>9} {line['right']:>7.1f} {line['error']:>5.1f}   "
-        f"{line['weakest']:>5.1f} {line['topic']:<9} {line['blind']:>12.1f}" for name, line in lines.items())
+        f"{share_text(line['weakest']):>5} {line['topic']:<9} {share_text(line['blind']):>12}"
+        for name, line in lines.items())
 
 
 def write_marked(marked: list[Marked], path: Path):
