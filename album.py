@@ -24,6 +24,11 @@ from vit import VisionTransformer, load_pixels
 from weights import read_file, replacing
 
 
+def digest_of(image: ImageFile) -> str:
+    """What an image is known by: its bytes, wherever it lies."""
+    return hashlib.sha256(image.read_bytes()).hexdigest()
+
+
 # ---- for training ----
 
 class KeptFeatures:
@@ -41,7 +46,7 @@ class KeptFeatures:
         self.folder, self.shape = folder / digest.hexdigest()[:16], (vit.config.n_queries, vit.config.output_dim)
 
     def file(self, image: ImageFile) -> Path:
-        return self.folder / f"{hashlib.sha256(image.read_bytes()).hexdigest()}.safetensors"
+        return self.folder / f"{digest_of(image)}.safetensors"
 
     def load(self, image: ImageFile) -> Tensor:
         """(n_queries, output_dim) in FP16; raises ValueError where there is no file or it holds something else."""
@@ -89,10 +94,6 @@ def fingerprint(folder: Path, config: ModelConfig) -> str:
     return digest.hexdigest()[:16]
 
 
-def digest_of(file: Path) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest()
-
-
 def checksum(values: Tensor) -> int:
     return zlib.crc32(values.view(torch.uint8).numpy())
 
@@ -100,7 +101,8 @@ def checksum(values: Tensor) -> int:
 class Album:
     """The newest images in memory, and all of them in a folder, if one is given.
 
-    An image is known by the digest of its file's bytes. Raises OSError where the folder cannot be made.
+    Chat computes all images of a round anew if one of them is unknown: one pass over all is simpler, and a round
+    rarely mixes old and new ones. Raises OSError where the folder cannot be made.
     """
     NEWEST = 16                     # at 7b one image takes 134 MB
 

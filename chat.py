@@ -5,8 +5,8 @@
 
 An image can join in any round: name its file in the question. A round costs only its own tokens, because a cache
 keeps the keys and values of all earlier ones. Under MMCA an image has the same keys and values in every
-conversation, so each image is computed once for all of them. Needs no deepspeed. Before: visualchat.py, data.py.
-Side rooms: album.py (images that were shown before), decode.py (--compile).
+conversation, so an image that was shown before need not be computed again. Needs no deepspeed. Before:
+visualchat.py, data.py. Side rooms: album.py (images that were shown before), decode.py (--compile).
 """
 import argparse
 import contextlib
@@ -79,7 +79,8 @@ class Chat:
                      for values in (self.ids + new.ids, self.kind + new.kind))
         try:
             is_mmca, digests = model.llama.attention == "mmca", [digest_of(file) for file in new.images]
-            known = self.album.find_all(digests) if is_mmca else None   # else an image's keys depend on its place
+            # Under other forms of attention an image's keys depend on what was before it, so none is known.
+            known = self.album.find_all(digests) if is_mmca else None
             if new.images and known is None:
                 images = torch.stack([load_pixels(file, model.vit.config.image_size) for file in new.images])
                 tokens = model.image_tokens(images.to(device))          # (images, n_queries, C)

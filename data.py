@@ -167,7 +167,7 @@ def order(n: int, seed: int, epoch: int, rank: int = 0, ranks: int = 1) -> list[
 # ---- batches ----
 
 class Features(Protocol):
-    """What the ViT makes of images, where it is kept: album.py has it."""
+    """Where `to_tensors` finds what the ViT once made of an image: KeptFeatures in album.py."""
     shape: tuple[int, int]      # (n_queries, output_dim)
 
     def load(self, image: ImageFile) -> Tensor: ...

@@ -119,6 +119,12 @@ def test_shares_errors_and_the_weakest_topic_are_worked_out():
     assert "seen pairs, one image" in table_text(table(marked)) and "84.9" in table_text(table(marked))
 
 
+def test_a_folder_that_is_no_result_ends_the_exam_with_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["exam.py", "--model", str(tmp_path)])
+    with pytest.raises(SystemExit, match="^tiny/exam.py: no .*trained.safetensors"):
+        exam.main()
+
+
 def test_eval_csv_is_read_as_it_was_written(tmp_path):
     marked = [one(question='Is it "red", or not?\n', answer=""), one(round=7, images=8)]
     write_marked(marked, tmp_path / "eval.csv")

@@ -96,7 +96,7 @@ def test_a_name_means_its_image_for_readers_and_for_the_auxiliary_heads():
 
 
 def test_the_header_of_an_image_is_no_name():
-    assert named_image(["###", "Image", "2"], 0) is None
+    assert named_image(["###", "Image", "2"], 0) is named_image(["an", "image", "bc"], 0) is None
     assert named_image(["the", "image"], 4) == named_image(["it"], 4) == named_image(["this", "photo"], 4) == 4
 
 

@@ -10,6 +10,7 @@ the test sets.
 """
 import csv
 import math
+import sys
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -59,7 +60,7 @@ def hold_conversations(model: VisualChat, tokenizer: Tokenizer, conversations: l
                        blind: bool) -> list[list[str]]:
     """Ask the questions of conversations with equally many rounds, and let the model take the likeliest tokens.
 
-    Returns the answers of each round. The model goes on from its own answers. If blind, it sees gray images.
+    Returns for each conversation its answers. The model goes on from its own ones. If blind, it sees gray images.
     """
     vision, device, eos, n = model.vit.config, model.projection.weight.device, tokenizer.eos, len(conversations)
     text = max(len(encode(rounds, tokenizer, n_tokens=0).ids) for rounds in conversations)     # with right answers
@@ -139,8 +140,16 @@ GROUPS: dict[str, Callable[[Marked], bool]] = {
 }
 
 
-def percent(right: list[bool]) -> float:
-    return 100 * sum(right) / max(len(right), 1)
+def percent(right: list[bool]) -> float | None:
+    """How many are right; None where nothing was asked."""
+    return 100 * sum(right) / len(right) if right else None
+
+
+def share_line(right: list[bool]) -> dict:
+    """A line of the table: how many questions, percent right and its standard error."""
+    share = percent(right)
+    return dict(questions=len(right), right=share, weakest=None, topic="", blind=None,
+                error=math.sqrt(share * (100 - share) / len(right)) if right else None)
 
 
 def table(marked: list[Marked]) -> dict[str, dict]:
@@ -151,21 +160,14 @@ def table(marked: list[Marked]) -> dict[str, dict]:
     """
     lines = {}
     for name, counts in GROUPS.items():
-        chosen = [one for one in marked if counts(one)]
-        right = [one.answer == one.expected for one in chosen]
-        share = percent(right)
-        topics = {one.topic: [each.answer == each.expected for each in chosen if each.topic == one.topic]
-                  for one in chosen}
-        weakest = min(((percent(each), topic) for topic, each in topics.items() if len(each) >= 20),
-                      default=(None, ""))
-        blind = [one.blind == one.expected for one in chosen if one.test in BLIND]
-        lines[name] = dict(questions=len(chosen), right=share,
-                           error=math.sqrt(share * (100 - share) / max(len(chosen), 1)), weakest=weakest[0],
-                           topic=weakest[1], blind=percent(blind) if blind else None)
-    good = [one for one in marked if is_good(one)]
-    refused = percent([one.answer in REFUSALS for one in good])
-    lines["good questions refused"] = dict(questions=len(good), right=refused, error=math.sqrt(
-        refused * (100 - refused) / max(len(good), 1)), weakest=None, topic="", blind=None)
+        chosen, topics = [one for one in marked if counts(one)], {}
+        for one in chosen:
+            topics.setdefault(one.topic, []).append(one.answer == one.expected)
+        lines[name] = share_line([one.answer == one.expected for one in chosen])
+        if often := [(percent(right), topic) for topic, right in topics.items() if len(right) >= 20]:
+            lines[name]["weakest"], lines[name]["topic"] = min(often)
+        lines[name]["blind"] = percent([one.blind == one.expected for one in chosen if one.test in BLIND])
+    lines["good questions refused"] = share_line([one.answer in REFUSALS for one in marked if is_good(one)])
     return lines
 
 
@@ -177,7 +179,7 @@ def table_text(lines: dict[str, dict]) -> str:
     """The lines of `table` to print."""
     text = f"{'percent right, word for word':<33}questions   right   +-    weakest topic      gray images\n"
     return text + "\n".join(
-        f"{name:<33}{line['questions']:>9} {line['right']:>7.1f} {line['error']:>5.1f}   "
+        f"{name:<33}{line['questions']:>9} {share_text(line['right']):>7} {share_text(line['error']):>5}   "
         f"{share_text(line['weakest']):>5} {line['topic']:<9} {share_text(line['blind']):>12}"
         for name, line in lines.items())
 
@@ -197,13 +199,17 @@ def read_marked(path: Path) -> list[Marked]:
 
 
 def main():
+    """Examine a result; what cannot be read ends the program with one line."""
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, help="folder of a training result; default the newest under out/")
     parser.add_argument("--data", type=Path, default=DATA, help="the test sets lie in its folder tests")
     options = parser.parse_args()
-    folder = options.model or newest(Path("out"))
-    model, config = load(folder)
-    marked = run_exam(model, Tokenizer(towers(config)[0]), options.data)
+    try:
+        folder = options.model or newest(Path("out"))
+        model, config = load(folder)
+        marked = run_exam(model, Tokenizer(towers(config)[0]), options.data)
+    except (OSError, ValueError) as error:
+        sys.exit(f"tiny/exam.py: {error}")
     write_marked(marked, folder / "eval.csv")
     print(f"{folder}, {config.attention} attention, {len(marked)} questions of {len(TESTS)} test sets; "
           f"{folder / 'eval.csv'} has every answer")

@@ -172,7 +172,7 @@ def pretrain_vit(steps: int) -> VisionTransformer:
 #   value   from a word such as "red", in question or answer: for each image, whether it is red
 #   topic   from the token before an answer: what is asked
 # name of the head: (number of the layer, how many values each of the numbers has)
-MOST_IMAGES, COUNTS = 8, [1, 2, 2, 3, 3, 3, 4, 5, 6, 7, 8]         # COUNTS: so many images has a conversation
+MOST_IMAGES, COUNTS = 8, [1, 2, 2, 3, 3, 3, 4, 5, 6, 7, 8]     # COUNTS: how many images a conversation may have
 HEADS = {"image": (1, [MOST_IMAGES, *N_VALUES]), "name": (2, [2, *N_VALUES]), "pair": (3, [2] * 4),
          "value": (3, [2] * MOST_IMAGES), "topic": (2, [len(TOPICS)])}
 MEANS = {word: value for value in VALUES for word in (value, *OTHERWISE.get(value, ()))}
@@ -186,9 +186,11 @@ def named_image(words: list[str], latest: int) -> int | None:
     if noun.isdigit() and word in ENDINGS:
         return int(noun) - 1
     if (noun in NOUNS and before != "###") or (noun in ("number", "#") and before in NOUNS):
-        if word.isdigit() or word in LETTERS or word in NUMBERS:
-            return int(word) - 1 if word.isdigit() else (LETTERS.index(word) if word in LETTERS
-                                                         else NUMBERS.index(word))
+        if word.isdigit():
+            return int(word) - 1
+        for names in ([*LETTERS], NUMBERS):     # a list: in a text, "bc" would be found, too
+            if word in names:
+                return names.index(word)
     return latest if word == "it" or (noun in ("the", "this", "last") and word in NOUNS) else None
 
 

@@ -142,23 +142,29 @@ UNSEEN_PHRASES = {
     "hello": ["Hello there!", "Hi, good morning.", "Hey, how are you?"],
     "thanks": ["Ok, thanks a lot!", "Very good, thank you.", "Great."],
 }
+# What an image shows, in general and where it was just shown alone; and names of that latest image. "the shape in
+# {name}" stands twice, because it is said most.
 IT = ("the shape in {name}", "the shape in {name}", "the object in {name}", "the thing in {name}",
       "the figure in {name}")
 LATEST = ("the image", "the image", "the picture", "the photo", "this image", "this picture", "the img", "it")
+# Questions about the latest image that name nothing.
 NAMELESS = {"size": ("What size?", "How big?", "And the size?"), "color": ("What color?", "And the color?"),
             "shape": ("What shape?", "And the shape?"), "place": ("Where?", "And the place?"),
             "describe": ("What do you see?", "What is it?", "What is this?", "Describe what you see.",
                          "Describe it.")}
-SHORT_IT = ("it", "the shape", "the object", "this thing")      # what the image shows that was just shown alone
+SHORT_IT = ("it", "the shape", "the object", "this thing")
+# A value in a phrase of `any` and `which`, words for it, and how it stands in a phrase of `is`.
 LOOKED_FOR = {"size": ("a {} shape", "a {} object", "something {}"),
               "color": ("a {} shape", "a {} object", "something {}"), "shape": ("a {}", "a {}", "one {}"),
               "place": ("a shape at the {}", "something at the {}", "a shape on the {}")}
 OTHERWISE = {"big": ("big", "large"), "small": ("small", "little", "tiny"),
              "center": ("center", "middle", "centre")}
 IS = {"size": ("{}",), "color": ("{}",), "shape": ("a {}",), "place": ("at the {}", "on the {}")}
+# What is not in the tiny world.
 THINGS = ("dog cat person man woman child car house tree table chair boat bird flower book ball hat door "
           "bridge street train bottle").split()
 UNSEEN_THINGS = "horse bicycle cup king river computer window apple teacher airplane".split()
+# What polite people put before a question and behind it.
 BEFORE = ("Please", "Can you tell me", "Could you tell me", "Please tell me", "Hi,", "Hello,", "So", "And", "Now",
           "Ok,", "Great,", "Thanks,", "I want to know:", "Next:")
 UNSEEN_BEFORE = ("Could you please tell me", "Hello, can you tell me", "Now please tell me", "Thanks, and now",

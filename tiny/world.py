@@ -5,7 +5,7 @@
 
 It stands in for the real data. Its files have the formats of the real ones, so `--size tiny` runs the same code as
 `--size 70b`. The same seed always draws the same files. Some pairs of color and shape never occur in training, and
-one of two test sets shows only these. `python -m tiny.world` draws data/tiny and examples/ in under a minute.
+the test set `unseen` shows only these. `python -m tiny.world` draws data/tiny and examples/ in under a minute.
 Before: sources.py, which reads such files. Next: tiny/pretrain.py.
 """
 import base64
@@ -137,7 +137,7 @@ def dialogue(n_images: int, n_rounds: int, rng: random.Random, allowed: frozense
     All images come by its middle. n_beside: the share of rounds that are not about what an image shows, and of
     conversations that begin with such a round, before any image.
     """
-    late = n_rounds > 3 and rng.random() < min(n_beside, .2)
+    late = n_rounds > 3 and rng.random() < n_beside
     starts = [int(late)] + [rng.choice([int(late), rng.randrange(int(late), n_rounds // 2 + 1)])
                             for _ in range(n_images - 1)]
     scenes, rounds, alone = [], [], False
