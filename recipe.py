@@ -39,14 +39,14 @@ class Options:
                                        "default out/features for tiny, else none", kind=str)
     seed: int = option(0, "of the validation split, the order and the projection's first values")
     # How?
-    epochs: int = option(None, "passes over the data; default 3 for tiny, else as in the paper", least=1, kind=int)
+    epochs: int = option(None, "passes over the data; default 2 for tiny, else as in the paper", least=1, kind=int)
     batch: int = option(None, "conversations per step, over all ranks; default 16 for tiny, else 128", least=1,
                         kind=int)
     positions: int = option(4096, "positions that a rank computes at a time, filled with whole conversations; "
                                   "longer ones lose their last rounds", least=1)
     lr: float = option(None, "peak learning rate, reached after a tenth of the steps, followed by a cosine; "
-                             "default 2e-2 for tiny, else 1e-3", least=0, kind=float)
-    embedding_lr: float = option(None, "that of the token embedding; default --lr / 40 for tiny, else --lr",
+                             "default 2e-3 for tiny, else 1e-3", least=0, kind=float)
+    embedding_lr: float = option(None, "that of the token embedding; default --lr / 4 for tiny, else --lr",
                                  least=0, kind=float)
     workers: int = option(2, "processes per rank that open images", least=0)
     # Where?
@@ -83,7 +83,7 @@ def paper_epochs(size: str, datasets: tuple[str, ...]) -> int:
 def for_size(options: Options) -> Options:
     """Options with what is None filled in. A GPU is expected to be there for --plan."""
     datasets = options.datasets or (MIXTURE[options.size],)
-    usual = (dict(data="data/tiny", cache_features="out/features", epochs=3, batch=16, lr=2e-2)
+    usual = (dict(data="data/tiny", cache_features="out/features", epochs=2, batch=16, lr=2e-3)
              if options.size == "tiny" else
              dict(data="data", cache_features="", epochs=paper_epochs(options.size, datasets), batch=128, lr=1e-3))
     on_gpu = options.plan or (torch.accelerator.current_accelerator(check_available=True) is not None
@@ -92,7 +92,7 @@ def for_size(options: Options) -> Options:
     options = replace(options, datasets=datasets, **{name: value for name, value in usual.items()
                                                      if getattr(options, name) is None})
     if options.embedding_lr is None:                    # The tiny LLaMA knows the words of its data already.
-        options = replace(options, embedding_lr=options.lr / 40 if options.size == "tiny" else options.lr)
+        options = replace(options, embedding_lr=options.lr / 4 if options.size == "tiny" else options.lr)
     return options
 
 

@@ -35,8 +35,8 @@ def test_a_rate_of_zero_is_honored_and_not_replaced(monkeypatch):
     options = given(monkeypatch, "--lr 0 --embedding-lr 1e-3")
     assert (options.lr, options.embedding_lr) == (0, 1e-3)
     options = given(monkeypatch, "--embedding-lr 0")
-    assert (options.lr, options.embedding_lr) == (2e-2, 0)
-    assert given(monkeypatch, "--lr 4e-4").embedding_lr == 1e-5
+    assert (options.lr, options.embedding_lr) == (2e-3, 0)
+    assert given(monkeypatch, "--lr 4e-4").embedding_lr == 1e-4
     assert given(monkeypatch, "--size 7b --lr 5e-4").embedding_lr == 5e-4
 
 
@@ -44,7 +44,7 @@ def test_a_rate_of_zero_is_honored_and_not_replaced(monkeypatch):
     ("7b", "attention", 5), ("7b", "llava llava_dial", 5), ("7b", "llava_dial llava llava", 5),
     ("7b", "single", 5),
     ("13b", "single", 10), ("13b", "attention", 10), ("13b", "llava llava_dial", 10), ("13b", "set1", 6),
-    ("13b", "set2", 6), ("70b", "set2", 6), ("7b", "llava", 6), ("tiny", "set2", 3)])
+    ("13b", "set2", 6), ("70b", "set2", 6), ("7b", "llava", 6), ("tiny", "set2", 2)])
 def test_the_same_data_means_the_same_epochs_however_it_is_named(monkeypatch, size, datasets, epochs):
     assert given(monkeypatch, f"--size {size} --datasets {datasets}").epochs == epochs
     assert given(monkeypatch, f"--size {size} --datasets {datasets} --epochs 3").epochs == 3

@@ -91,8 +91,8 @@ def test_noise_moves_image_positions_alone(monkeypatch):
         pretrain.predict(llama, batch, noise)
     moved = (given[1] - given[0])[0]
     assert not moved[batch["kind"][0] != IMAGE].any()
-    spread = moved[batch["kind"][0] == IMAGE].std() / llama.embed_tokens.weight.std()
-    assert 0.45 < spread < 0.55
+    spread = moved[batch["kind"][0] == IMAGE].std(-1) / llama.embed_tokens.weight.std()
+    assert 0 < spread.min() < 0.05 and 0.45 < spread.max() < 0.6            # each position has a strength of its own
 
 
 def test_the_heads_read_the_hidden_state_of_the_token_that_they_are_asked_about():
@@ -139,10 +139,10 @@ def test_the_losses_of_pre_training_fall_and_its_folders_load(tmp_path, small, m
         f"LLaMA, {name}, written scenes, {shown} shown" for name in ("mmca", "causal")
         for shown in ("no or one", "two or three", "four to eight")]
     assert VisionTransformer.from_pretrained(tmp_path / "vit").config == pretrain.VIT
-    assert Llama.from_pretrained(tmp_path / "llama").config.vocab_size == 617
+    assert Llama.from_pretrained(tmp_path / "llama").config.vocab_size == 648
     # The path that it was trained for stands in the file, and is the only difference.
     made, shipped = (Tokenizer(folder / "llama").model for folder in (tmp_path, WEIGHTS))
-    assert [made.id_to_piece(i) for i in range(617)] == [shipped.id_to_piece(i) for i in range(617)]
+    assert [made.id_to_piece(i) for i in range(648)] == [shipped.id_to_piece(i) for i in range(648)]
 
 
 def test_pre_training_that_is_interrupted_goes_on_as_if_it_had_not_been(tmp_path, monkeypatch):

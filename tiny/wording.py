@@ -52,63 +52,132 @@ def name_of(image: int, latest: bool, rng: random.Random) -> str:
 
 # ---- phrases ----
 
-# {name} and {other} are names of images, {it} is what {name} shows, and {what} is what is looked for or compared.
+# {name} and {other} are names of images, {it} is what {name} shows, {what} is what is looked for or compared, and
+# {or} are all values of the attribute in any order, such as "a star, a circle, a triangle or a square".
 PHRASES = {
     "size": ["What size is {it}?", "How big is {it}?", "How large is {it}?", "Is {it} big or small?",
              "Is {it} small or large?", "What is the size of {it}?", "Tell me the size of {it}.",
              "What size does {it} have?", "The size of {it}?", "{name}: what size?", "How small or big is {it}?",
              "Do you know the size of {it}?", "I want to know how big {it} is.",
-             "What size do you see in {name}?"],
+             "What size do you see in {name}?", "{name}: how big is it?", "Is it a big or a small one in {name}?",
+             "In {name}, is it small or big?", "Does {name} show it big or small?", "What is the size in {name}?",
+             "Is it large or little that {it} is?", "Say how large {it} is.",
+             "Would you say that {it} is small or big?", "What about the size of {it}?",
+             "Is the one in {name} big or small?", "Of what size is {it}?"],
     "color": ["What color is {it}?", "Which color is {it}?", "What is the color of {it}?",
               "Which color does {it} have?", "Tell me the color of {it}.", "In what color is {it}?",
               "{name}: what color?", "What color do you see in {name}?", "Do you see what color {it} is?",
-              "I want to know what color {it} is.", "What color has {it}?", "The color in {name}?"],
+              "I want to know what color {it} is.", "What color has {it}?", "The color in {name}?",
+              "What about the color of {it}?", "Of which color is {it}?", "Say what color {it} has.",
+              "In {name}, what is the color?", "Is it {or} in {name}?", "What color do you think {it} is?",
+              "{it}: {or}?", "What is the color in {name}?"],
     "shape": ["What shape is in {name}?", "Which shape is in {name}?", "What shape does {name} show?",
               "What is the shape in {name}?", "Tell me the shape in {name}.", "Which shape do you see in {name}?",
               "What kind of shape is in {name}?", "Give me the shape in {name}.", "{name}: which shape?",
-              "Is there a circle, a square, a triangle or a star in {name}?", "The shape of {it}?",
-              "What is the form of {it}?", "What shape has {it}?", "Do you know what shape is in {name}?"],
-    "place": ["Where is {it}?", "Where in {name} is {it}?", "What is the place of {it}?", "Tell me where {it} is.",
-              "What is the position of {it}?", "At what place is {it}?", "In what part of {name} is the shape?",
-              "{name}: where is the shape?", "Give me the position of {it}.", "Which position does {it} have?",
-              "Do you know where {it} is?", "I want to know where {it} is.", "Tell me the place of {it}."],
+              "Is there {or} in {name}?", "The shape of {it}?",
+              "What is the form of {it}?", "What shape has {it}?", "Do you know what shape is in {name}?",
+              "Does {name} show {or}?", "Is it {or} in {name}?", "In {name}, is there {or}?",
+              "Do you see {or} in {name}?", "Say which shape {name} has.",
+              "I want to know what shape {name} shows.", "What shape can you see in {name}?",
+              "What about the shape in {name}?", "What is {it}: {or}?", "{name}: {or}?", "What form has {it}?",
+              "Which form do you see in {name}?", "Is the one in {name} {or}?", "Of what shape is {it}?",
+              "What shape is it that {name} shows?"],
+    "place": ["Where is {it}?", "Where in {name} is {it}?", "What is the place of {it}?",
+              "Tell me where {it} is.", "What is the position of {it}?", "At what place is {it}?",
+              "In what part of {name} is the shape?", "{name}: where is the shape?",
+              "Give me the position of {it}.", "Which position does {it} have?", "Do you know where {it} is?",
+              "I want to know where {it} is.", "Tell me the place of {it}.", "Say where {it} is.",
+              "In {name}, where is it?", "Is {it} at {or}?", "What about the place of {it}?",
+              "Where can you see {it}?", "Where do we find {it}?", "Which part of {name} shows the shape?",
+              "Where is it in {name}?", "Is it at {or} in {name}?", "In which place do you find {it}?"],
     "describe": ["Describe {name}.", "What do you see in {name}?", "What is in {name}?", "What does {name} show?",
                  "Tell me about {name}.", "What can you see in {name}?", "Tell me what is in {name}.",
                  "What is {name} about?", "Give me a description of {name}.", "{name}?",
                  "What do we see in {name}?", "Describe what you see in {name}.",
-                 "I want to know what is in {name}."],
+                 "I want to know what is in {name}.", "Do you know what {name} shows?",
+                 "I want to know what {name} shows.", "Say what {name} shows.", "{name} shows what?",
+                 "What is there to see in {name}?", "Tell me all about {name}.", "What about {name}?",
+                 "What do you find in {name}?", "Say what is in {name}.", "In {name}, what do you see?",
+                 "What is {name} of?", "Tell me more about what {name} shows.", "What can we see in {name}?",
+                 "Tell me everything you see in {name}.", "Describe what is in {name}.",
+                 "Describe to me what {name} shows.", "What is it that you see in {name}?",
+                 "Is there something in {name}, and what is it?"],
     "is": ["Is {it} {what}?", "Do you think {it} is {what}?", "Tell me if {it} is {what}.",
            "{name}: is it {what}?", "I want to know if {it} is {what}.", "{it} is {what}, yes or no?",
-           "Is it {what} in {name}?"],
+           "Is it {what} in {name}?", "Say if {it} is {what}.", "In {name}, is it {what}?",
+           "Is it {what} in {name}, yes or no?", "Would you say that {it} is {what}?",
+           "Yes or no? {it} is {what}.", "{name}: is {it} {what}, or is it not?",
+           "Can you tell me if {it} is {what}?", "Is the one in {name} {what}?", "I think {it} is {what}, is it?",
+           "Do you see that {it} is {what}?", "Yes or no, {name}: is it {what}?", "Is it so that {it} is {what}?",
+           "Is {it} {what} or not?", "{it}, is it {what}?"],
     "any": ["Does any image show {what}?", "Is there an image with {what}?", "Is {what} in any image?",
             "Is there {what} in the images?", "Do you see {what}?", "Can you see {what} in any of the pictures?",
             "Is there any picture of {what}?", "Does one of the photos have {what}?", "Is there {what}?",
-            "Do the pictures show {what}?", "Have you seen {what}?", "I want to know if there is {what}."],
+            "Do the pictures show {what}?", "Have you seen {what}?", "I want to know if there is {what}.",
+            "Could you see {what} in one of them?", "Can you find {what}?", "Can we see {what} in the photos?",
+            "Is there one image with {what}?", "Do you see {what} in any photo?",
+            "In any of them, is there {what}?", "Has any of the images {what}?", "Does one image show {what}?",
+            "Say if there is {what}.", "{what}, is there one?", "Do we see {what} or not?",
+            "Tell me if you see {what}.", "Do any of them show {what}?"],
     "which": ["Which image shows {what}?", "Which image has {what}?", "In which image is {what}?",
               "Which picture shows {what}?", "Which of the images shows {what}?", "Which one has {what}?",
               "What image shows {what}?", "Tell me which image shows {what}.",
               "Which photo is the one that has {what}?", "In which one is {what}?",
-              "Which of the pictures is of {what}?", "{what}: which image?"],
+              "Which of the pictures is of {what}?", "{what}: which image?", "Which image do you see {what} in?",
+              "In what picture is there {what}?", "Which is the photo with {what}?",
+              "Do you know which image has {what}?", "I want to know which picture shows {what}.",
+              "Which has {what}?", "Say which image shows {what}.", "In which of them do we find {what}?",
+              "Which one is the image with {what}?", "{what} is in which image?",
+              "Tell me in which image you find {what}.", "What picture do you find {what} in?",
+              "Which one of the photos has {what}?", "In which photo can we see {what}?"],
     "same": ["Do {name} and {other} have the same {what}?", "Is the {what} of {name} and {other} the same?",
              "Is the {what} the same in {name} and {other}?", "Do {name} and {other} share the {what}?",
              "Are {name} and {other} of the same {what}?", "Does {name} have the same {what} as {other}?",
              "{name} and {other}: same {what}?", "Is the {what} in {name} the same as in {other}?",
-             "Do you see the same {what} in {name} and {other}?"],
+             "Do you see the same {what} in {name} and {other}?", "Has {name} the same {what} as {other}?",
+             "In {name} and {other}, is the {what} the same?",
+             "I want to know if {name} and {other} have the same {what}.",
+             "Do both {name} and {other} have the same {what}?",
+             "Do you think {name} and {other} have the same {what}?", "Is the {what} of {name} that of {other}?",
+             "Does {name} show the same {what} as {other}?",
+             "Say if the {what} of {name} and {other} is the same.",
+             "Can we see the same {what} in {name} and in {other}?",
+             "The {what} in {name} and {other}: is it the same?",
+             "Is it one and the same {what} in {name} and in {other}?",
+             "Tell me if {name} has the {what} of {other}."],
     "changed": ["What changed from {name} to {other}?", "What is the difference between {name} and {other}?",
                 "What is different in {name} and {other}?", "How do {name} and {other} differ?",
                 "What differs from {name} to {other}?", "Tell me what changed from {name} to {other}.",
                 "How does {name} differ from {other}?", "What is not the same in {name} and {other}?",
-                "Tell me the difference between {name} and {other}.", "What changes from {name} to {other}?"],
-    "outside": ["Is there a {thing} in {name}?", "What color is the {thing} in {name}?", "How old is the {thing}?",
-                "Where is the {thing} in {name}?", "How many of the {thing} are in {name}?", "Who made {name}?",
-                "What is the name of the {thing}?", "Do you see a {thing}?", "Who are you?", "What time is it?",
+                "Tell me the difference between {name} and {other}.", "What changes from {name} to {other}?",
+                "From {name} to {other}, what is different?", "{name} and {other}: what changed?",
+                "What has changed in {other} from {name}?", "In what do {name} and {other} differ?",
+                "What is it that differs in {other} from {name}?",
+                "What has {name} that is different in {other}?", "Say what changed from {name} to {other}.",
+                "What is different between {name} and {other}?",
+                "I want to know what differs between {name} and {other}.",
+                "Is there a difference between {name} and {other}, and what is it?",
+                "{name} is not the same as {other}: what is different?",
+                "What differs between {name} and {other}?", "In {name} and {other}, what is not the same?",
+                "What did change between {name} and {other}?",
+                "Between {name} and {other}, what is the difference?",
+                "The difference between {name} and {other}?"],
+    "outside": ["Is there a {thing} in {name}?", "What color is the {thing} in {name}?",
+                "How old is the {thing}?", "Where is the {thing} in {name}?",
+                "How many of the {thing} are in {name}?", "Who made {name}?", "What is the name of the {thing}?",
+                "Do you see a {thing}?", "Who are you?", "What time is it?",
                 "Tell me about the {thing} in {name}.", "What is the weather in {name}?", "What is a {thing}?",
                 "Does any image show a {thing}?", "Which image shows the {thing}?", "How is the weather?",
                 "When was {name} made?", "Who is the {thing} in {name}?", "Tell me a story about a {thing}.",
-                "Why is the {thing} in {name}?", "How much is a {thing}?", "What does the {thing} in {name} do?"],
-    "hello": ["Hello.", "Hi!", "Hey.", "Good morning.", "Hello, how are you?", "Hi there.", "Good day."],
+                "Why is the {thing} in {name}?", "How much is a {thing}?", "What does the {thing} in {name} do?",
+                "Can {name} be of the sea?", "Does the {thing} see {name}?", "Is the {thing} good?",
+                "Can you do what a {thing} does?", "What about the {thing}?", "Say where the {thing} is.",
+                "Is it the {thing} that is in {name}?", "How big is the {thing} in {name}?",
+                "Do you know what a {thing} is?", "Is {name} old?"],
+    "hello": ["Hello.", "Hi!", "Hey.", "Good morning.", "Hello, how are you?", "Hi there.", "Good day.",
+              "Hello again.", "Hey there.", "Good evening!"],
     "thanks": ["Thanks.", "Thank you.", "Thanks a lot.", "Great, thanks!", "Ok, thank you.", "Very good.",
-               "Nice!"],
+               "Nice!", "Thank you, that was good.", "Ok.", "Great, thank you very much."],
 }
 UNSEEN_PHRASES = {
     "size": ["Which size does {it} have?", "Give me the size of {it}.", "Do you know how large {it} is?",
@@ -160,13 +229,16 @@ LOOKED_FOR = {"size": ("a {} shape", "a {} object", "something {}"),
 OTHERWISE = {"big": ("big", "large"), "small": ("small", "little", "tiny"),
              "center": ("center", "middle", "centre")}
 IS = {"size": ("{}",), "color": ("{}",), "shape": ("a {}",), "place": ("at the {}", "on the {}")}
+LISTED = {"size": "{}", "color": "{}", "shape": "a {}", "place": "the {}"}          # and in {or}
 # What is not in the tiny world.
 THINGS = ("dog cat person man woman child car house tree table chair boat bird flower book ball hat door "
           "bridge street train bottle").split()
 UNSEEN_THINGS = "horse bicycle cup king river computer window apple teacher airplane".split()
 # What polite people put before a question and behind it.
 BEFORE = ("Please", "Can you tell me", "Could you tell me", "Please tell me", "Hi,", "Hello,", "So", "And", "Now",
-          "Ok,", "Great,", "Thanks,", "I want to know:", "Next:")
+          "Ok,", "Great,", "Thanks,", "I want to know:", "Next:", "Tell me:", "Would you please say", "Thank you,",
+          "Then", "But", "Well,", "Ok, now", "My next question:", "Let me ask you:", "Hey,", "Yes, and",
+          "Hello there,")
 UNSEEN_BEFORE = ("Could you please tell me", "Hello, can you tell me", "Now please tell me", "Thanks, and now",
                  "I want you to tell me:", "Hi there,")
 AFTER = (" please", ", please", " thanks", " for me", ", thank you")
@@ -202,10 +274,14 @@ class Wording:
             if what in values:
                 what = pick((IS if ask.topic == "is" else LOOKED_FOR)[attribute]).format(
                     pick(OTHERWISE.get(what, (what,))))
+        values = [LISTED[ask.topic].format(value) for value in ATTRIBUTES.get(ask.topic, ())]
+        rng.shuffle(values)
+        listed = " or ".join([", ".join(values[:-1]), *values[-1:]])
         thing = rng.choice(UNSEEN_THINGS if self.unseen else THINGS)
         if not self.unseen and rng.random() < .3:
             thing = "".join(rng.choice("abcdefghijklmnoprstuvw") for _ in range(rng.randint(3, 8)))
-        text = phrase.format(name=name, other=other, it=it.format(name=name), what=what, thing=thing)
+        text = phrase.format(name=name, other=other, it=it.format(name=name), what=what, thing=thing,
+                             **{"or": listed})
         return text[0].upper() + text[1:]
 
     def typed(self, text: str, is_talk: bool, rng: random.Random) -> str:
@@ -213,8 +289,9 @@ class Wording:
         unless it is small talk."""
         if self.plain:
             return text
-        if not is_talk and rng.random() < (.5 if self.unseen else .15):
-            text = rng.choice(UNSEEN_BEFORE if self.unseen else BEFORE) + " " + text[0].lower() + text[1:]
+        before, often = (UNSEEN_BEFORE, .5) if self.unseen else (BEFORE, .25)
+        if not is_talk and rng.random() < often:
+            text = rng.choice(before) + " " + text[0].lower() + text[1:]
         if not is_talk and rng.random() < .1 and text[-1] in "?.":
             text = text[:-1] + rng.choice(AFTER) + text[-1]
         if rng.random() < .3:
