@@ -1,7 +1,7 @@
 """How weights/tiny was made: a tokenizer, a ViT and a LLaMA, pre-trained on the tiny world.
 
     tokenizer   every word of the tiny world is one token
-    ViT         learns to tell the attributes of an image: its token i tells attribute i
+    ViT         learns to make four tokens of an image: token i stands for the value of attribute i
     LLaMA       learns to answer questions about images; four words stand where image tokens will stand
 
 Later train.py keeps both towers as they are and learns to connect them, as in the paper. Their folders have the
@@ -41,11 +41,11 @@ VIT = VisionConfig(image_size=64, patch_size=8, width=96, layers=4, heads=4, mlp
 WEIGHTS, UNFINISHED, STEPS = Path("weights/tiny"), Path("out/pretrain"), {"vit": 2500, "llama": 5500}
 N_IMAGES, N_FRESH = 20000, 2000         # images to learn from; images and conversations to test with
 N_VALUES = [len(values) for values in ATTRIBUTES.values()]
-# What was printed when weights/tiny was made. The ViT (7 minutes on two cores) read of 2,000 fresh images size
-# 0.9990, color 1.0000, shape 0.9930, place 0.9980. In 2,000 fresh conversations LLaMA (66 minutes on two cores
-# that had other work, too) answered right with MMCA and with causal attention: with up to one image 2249 and 2249
-# of 2249, with two or three 7337 and 7337 of 7338, with four to eight 6372 and 6370 of 6413 (weakest there: "is",
-# 0.903 and 0.897).
+# What was printed when weights/tiny was made, on one core each (OMP_NUM_THREADS=1). The ViT (12 minutes) read of
+# 2,000 fresh images size 0.9995, color 1.0000, shape 0.9970, place 0.9990, all four 0.9960. In 2,000 fresh
+# conversations LLaMA (75 minutes) answered right with MMCA and with causal attention: with up to one image 2274 and
+# 2274 of 2274, with two or three 7218 and 7218 of 7222, with four to eight 6457 and 6459 of 6504 (weakest there:
+# "is", 0.907 and 0.914).
 
 
 def train_tokenizer(folder: Path) -> Tokenizer:
