@@ -23,7 +23,7 @@ from torch import Tensor
 # The letters for shapes, in every file: B batch, T queries, S keys or positions of a row, H heads, H_kv heads of
 # keys and values, D head width, C model width, I images, P patches, L tokens of a flat list, A answer tokens.
 
-# `kind` (B, S) holds one of these per position and nothing else tells them apart. Packed batches have no PAD.
+# `kind` (B, S) holds one of these per position and nothing else tells them apart. Our batches are packed and have no PAD.
 PAD, TEXT, IMAGE = 0, 1, 2
 
 

@@ -70,7 +70,7 @@ class Options:
     local_rank: int = option(0, "set by the launcher")
 
 
-MIXTURE = {"tiny": "single", "7b": "attention", "13b": "set2", "70b": "set2"}       # the paper's for each size
+USUAL = {"tiny": "single", "7b": "attention", "13b": "set2", "70b": "set2"}       # the paper's for each size
 
 
 def paper_epochs(size: str, datasets: tuple[str, ...]) -> int:
@@ -81,8 +81,8 @@ def paper_epochs(size: str, datasets: tuple[str, ...]) -> int:
 
 
 def for_size(options: Options) -> Options:
-    """Options with what is None filled in. A GPU is expected to be there for --plan."""
-    datasets = options.datasets or (MIXTURE[options.size],)
+    """Options with what is None filled in. --plan is about GPUs, so it plans for FP16 where there is none, too."""
+    datasets = options.datasets or (USUAL[options.size],)
     usual = (dict(data="data/tiny", cache_features="out/features", epochs=2, batch=16, lr=2e-3)
              if options.size == "tiny" else
              dict(data="data", cache_features="", epochs=paper_epochs(options.size, datasets), batch=128, lr=1e-3))
@@ -96,7 +96,7 @@ def for_size(options: Options) -> Options:
     return options
 
 
-def learning_rate(step: int, steps: int) -> float:
+def share_of_rate(step: int, steps: int) -> float:
     """Share of the peak at a step: up in a straight line over a tenth of the steps, then down a cosine to zero."""
     warm_up = max(1, steps // 10)
     if step < warm_up:
@@ -108,7 +108,7 @@ def command_line(description: str) -> Options:
     """Options from the command line; a bad one ends the program with a line."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     for f in fields(Options):
-        flags = dict.fromkeys((f"--{f.name.replace('_', '-')}", f"--{f.name}"))     # launcher: --local_rank
+        flags = dict.fromkeys((f"--{f.name.replace('_', '-')}", f"--{f.name}"))     # the launcher writes --local_rank
         how = (dict(action="store_true") if f.default is False else dict(nargs="+", type=str) if f.default == ()
                else dict(type=f.metadata["kind"]))
         parser.add_argument(*flags, default=f.default, help=f.metadata["help"], **how,

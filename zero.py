@@ -29,7 +29,7 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import logger
 
 from llama import LLAMA_2, LOSS_CHUNK, Layer, LlamaConfig, read_llama_config
-from recipe import Options, learning_rate
+from recipe import Options, share_of_rate
 from sources import SOURCES, dataset_names
 from visualchat import ModelConfig, VisualChat, build, readable, towers
 from vit import VisionConfig, VisionTransformer, read_vision_config
@@ -253,7 +253,7 @@ def engine_for(model: VisualChat, options: Options, steps: int, universal: bool)
     optimizer = torch.optim.AdamW([dict(params=list(model.projection.parameters()), lr=options.lr),
                                    dict(params=[model.llama.embed_tokens.weight], lr=options.embedding_lr)],
                                   betas=(0.0, 0.95), weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate(step, steps))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: share_of_rate(step, steps))
     settings = settings_for(options, dist.get_world_size())
     settings["checkpoint"] = {**settings.get("checkpoint", {}), "load_universal": universal}
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=schedule, config=settings)

@@ -3,7 +3,7 @@ import sys
 
 import pytest
 
-from recipe import Options, command_line, for_size, learning_rate
+from recipe import Options, command_line, for_size, share_of_rate
 
 
 def given(monkeypatch, line: str) -> Options:
@@ -25,7 +25,7 @@ def test_a_number_that_is_too_small_is_refused_at_once(monkeypatch, capsys, give
 
 
 def test_the_schedule_rises_for_a_tenth_and_falls_to_zero():
-    shares = [learning_rate(step, 200) for step in range(201)]
+    shares = [share_of_rate(step, 200) for step in range(201)]
     assert shares[0] == 1 / 20 and shares[19] == shares[20] == 1 and shares[200] == pytest.approx(0)
     assert shares[:20] == sorted(shares[:20]) and shares[20:] == sorted(shares[20:], reverse=True)
     assert shares[110] == pytest.approx(0.5)

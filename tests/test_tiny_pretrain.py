@@ -92,7 +92,7 @@ def test_noise_moves_image_positions_alone(monkeypatch):
     moved = (given[1] - given[0])[0]
     assert not moved[batch["kind"][0] != IMAGE].any()
     spread = moved[batch["kind"][0] == IMAGE].std(-1) / llama.embed_tokens.weight.std()
-    assert 0 < spread.min() < 0.05 and 0.45 < spread.max() < 0.6            # each position has a strength of its own
+    assert 0 < spread.min() < 0.05 and 0.45 < spread.max() < 0.6        # each position has a strength of its own
 
 
 def test_the_heads_read_the_hidden_state_of_the_token_that_they_are_asked_about():

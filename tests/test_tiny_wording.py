@@ -7,7 +7,7 @@ import pytest
 from tiny.pretrain import named_image
 from tiny.wording import (ABOUT_ONE, BEFORE, COMPARING, NOUNS, ORDINALS, PHRASES, THINGS, TOPICS, UNSEEN_BEFORE,
                           UNSEEN_PHRASES, UNSEEN_THINGS, Ask, Wording, name_of)
-from tiny.world import VALUES
+from tiny.world import SEEN, VALUES, dialogue
 
 
 def asks(topic: str):
@@ -30,6 +30,14 @@ def test_every_topic_has_phrases_for_training_and_others_for_the_exam():
     begun = {f"{plainly(before)} {phrase}" for before in BEFORE for phrase in known}    # never before small talk
     assert not {plainly(phrase) for topic in (*ABOUT_ONE, *COMPARING) for phrase in UNSEEN_PHRASES[topic]} & begun
     assert not set(UNSEEN_BEFORE) & set(BEFORE) and not set(UNSEEN_THINGS) & set(THINGS)
+
+
+def test_no_question_in_unseen_wording_is_asked_in_training():
+    rng, asked = random.Random(0), {}
+    for unseen, n in ((False, 2000), (True, 300)):
+        dialogues = [dialogue(1 + i % 3, 6, rng, SEEN, Wording(unseen=unseen))[1] for i in range(n)]
+        asked[unseen] = {plainly(question) for rounds in dialogues for _, _, question, _ in rounds}
+    assert len(asked[False]) > 7000 and len(asked[True]) > 1000 and not asked[False] & asked[True]
 
 
 @pytest.mark.parametrize("wording", [Wording(), Wording(unseen=True), Wording(lower=True), Wording(plain=True)])

@@ -1,12 +1,12 @@
-"""The exam of the tiny world: what does a trained model answer about drawings, in words that it has never seen?
+"""The exam of the tiny world: what does a trained model answer about fresh drawings?
 
     python -m tiny.exam                        the newest result under out/
     python -m tiny.exam --model weights/tiny/chat
 
-Every conversation of the test sets is held as in chat.py, with the model's own answers in its history. An answer
-counts if it is right word for word. The first two test sets come once more with every image gray ("blind"), to
-show how much can be guessed. eval.csv in the result's folder gets every answer. Before: tiny/world.py, which draws
-the test sets.
+Every conversation of the test sets is held as in chat.py, with the model's own answers in its history; one set
+asks in phrases that training never shows. An answer counts if it is right word for word. The first two test sets come
+once more with every image gray ("blind"), to show how much can be guessed. eval.csv in the result's folder gets
+every answer. Before: tiny/world.py, which draws the test sets.
 """
 import csv
 import math
@@ -85,7 +85,8 @@ def hold_conversations(model: VisualChat, tokenizer: Tokenizer, conversations: l
             ended |= tokens[-1] == eos
             if ended.all():
                 break
-        cache.past = before                                     # The answers end at different times.
+        # Answers end at different times. So they are taken back, and the next round brings them, each up to </s>.
+        cache.past = before
         found = torch.stack(tokens, dim=1).tolist()
         found = [answer[:answer.index(eos)] if eos in answer else answer for answer in found]
         said = [[*answer, eos] for answer in found]

@@ -43,9 +43,9 @@ N_IMAGES, N_FRESH = 20000, 2000         # images to learn from; images and conve
 N_VALUES = [len(values) for values in ATTRIBUTES.values()]
 # What was printed when weights/tiny was made, on one core each (OMP_NUM_THREADS=1). The ViT (12 minutes) read of
 # 2,000 fresh images size 0.9995, color 1.0000, shape 0.9970, place 0.9990, all four 0.9960. In 2,000 fresh
-# conversations LLaMA (75 minutes) answered right with MMCA and with causal attention: with up to one image 2274 and
-# 2274 of 2274, with two or three 7218 and 7218 of 7222, with four to eight 6457 and 6459 of 6504 (weakest there:
-# "is", 0.907 and 0.914).
+# conversations LLaMA (75 minutes) answered right with MMCA and with causal attention: with no or one image 2274
+# and 2274 of 2274, with two or three 7218 and 7218 of 7222, with four to eight 6457 and 6459 of 6504 (weakest
+# there: "is", 0.907 and 0.914).
 
 
 def train_tokenizer(folder: Path) -> Tokenizer:
@@ -79,13 +79,13 @@ def numbers_of(scene: Scene) -> list[int]:
 def optimize(tower: nn.Module, heads: nn.Module, loss_of: Callable[[int], Tensor], steps: int, name: str):
     """Reduce loss_of(step). The rates rise for 50 steps; over the last 60 percent they fall to zero.
 
-    Muon moves the tower's matrices; AdamW moves embeddings, heads and all that is no matrix. Every 500 steps the
+    Muon moves the weights of the tower's linear layers, AdamW embeddings, heads and all else. Every 500 steps the
     state is kept in UNFINISHED, and the same call goes on from there. So loss_of must depend on the step and on
     PyTorch's random numbers alone, which begin anew at each step.
     """
     outer = ("embed_tokens", "lm_head")
-    matrices = [p for name, p in tower.named_parameters()
-                if p.ndim == 2 and "weight" in name and not name.startswith(outer)]
+    matrices = [p for parameter, p in tower.named_parameters()
+                if p.ndim == 2 and "weight" in parameter and not parameter.startswith(outer)]
     others = [p for p in (*tower.parameters(), *heads.parameters()) if all(p is not matrix for matrix in matrices)]
     optimizers = [torch.optim.Muon(matrices, 8e-3, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
                   torch.optim.AdamW(others, 4e-3, (0.9, 0.98), weight_decay=0.01)]
@@ -128,23 +128,22 @@ def pretrain_vit(steps: int) -> VisionTransformer:
     """A ViT whose token i comes near to a random vector that stands for value i of the scene; prints how often
     the nearest vector is the right one.
 
-    The vectors (the code) are fixed and all alike in length and distance. So one linear layer can turn each into
-    any word embedding, which is what the projection of VisualChat has to learn, and gradients move all values
-    equally fast.
+    The vectors are fixed, and nearly alike in length and distance. So one linear layer can turn each into any word
+    embedding, which is what the projection of VisualChat has to learn, and gradients move all values equally fast.
     """
-    vit, code = VisionTransformer(VIT), torch.randn(len(VALUES), VIT.output_dim)
+    vit, vectors = VisionTransformer(VIT), torch.randn(len(VALUES), VIT.output_dim)
     first = torch.tensor([0, *accumulate(N_VALUES)][:-1])                   # of each attribute's vectors
     images, targets = drawn(N_IMAGES, seed=1)
 
     def loss_of(step: int) -> Tensor:
         chosen = torch.randint(len(images), (64,))
-        return F.mse_loss(vit(images[chosen]), code[targets[chosen] + first])
+        return F.mse_loss(vit(images[chosen]), vectors[targets[chosen] + first])
 
-    optimize(vit, nn.Module(), loss_of, steps, name="ViT")
+    optimize(vit, nn.Module(), loss_of, steps, name="ViT")                  # no heads
     fresh, wanted = drawn(N_FRESH, seed=2)
     with torch.no_grad():
         tokens = torch.cat([vit(part) for part in fresh.split(100)])        # (N_FRESH, 4, output_dim)
-    read = [torch.cdist(tokens[:, i], part).argmin(1) for i, part in enumerate(code.split(N_VALUES))]
+    read = [torch.cdist(tokens[:, i], part).argmin(1) for i, part in enumerate(vectors.split(N_VALUES))]
     right = torch.stack(read, dim=1) == wanted
     print(f"ViT, attributes read from {N_FRESH} fresh images:",
           *(f"{name} {share:.4f}" for name, share in zip(ATTRIBUTES, right.float().mean(0).tolist())),
@@ -163,7 +162,7 @@ def pretrain_vit(steps: int) -> VisionTransformer:
 #   pair    likewise, where it is the question's second image: for each attribute, whether both images share it
 #   value   from a word such as "red", in question or answer: for each image, whether it is red
 #   topic   from the token before an answer: what is asked
-# name of the head: (number of the layer, how many values each of the numbers has)
+# name of the head: (number of the layer, counted from 0, how many values each of the numbers has)
 MOST_IMAGES, COUNTS = 8, [1, 2, 2, 3, 3, 3, 4, 5, 6, 7, 8]     # COUNTS: how many images a conversation may have
 HEADS = {"image": (1, [MOST_IMAGES, *N_VALUES]), "name": (2, [2, *N_VALUES]), "pair": (3, [2] * 4),
          "value": (3, [2] * MOST_IMAGES), "topic": (2, [len(TOPICS)])}
@@ -233,8 +232,11 @@ def text_batch(rng: random.Random, tokenizer: Tokenizer, counts: list[int], n: i
 
 
 def predict(llama: Llama, batch: dict, noise: float = 0.0) -> tuple[Tensor, Tensor]:
-    """Logits (A, vocabulary) and targets (A) of the answer tokens. Each word at an image position gets random noise
-    of up to `noise` times the spread of word embeddings, because a projection will not meet words exactly."""
+    """Logits (A, vocabulary) and targets (A) of the answer tokens.
+
+    Each word at an image position gets random noise of up to `noise` times the spread of word embeddings, because
+    no projection will meet words exactly.
+    """
     targets, x = batch["labels"][:, 1:], llama.embed_tokens(batch["ids"])
     strength = noise * torch.rand_like(x[..., :1]) * llama.embed_tokens.weight.detach().std()
     spread = (batch["kind"] == IMAGE)[..., None] * strength

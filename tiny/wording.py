@@ -53,7 +53,7 @@ def name_of(image: int, latest: bool, rng: random.Random) -> str:
 # ---- phrases ----
 
 # {name} and {other} are names of images, {it} is what {name} shows, {what} is what is looked for or compared, and
-# {or} are all values of the attribute in any order, such as "a star, a circle, a triangle or a square".
+# {values} are all values of the attribute in any order, such as "a star, a circle, a triangle or a square".
 PHRASES = {
     "size": ["What size is {it}?", "How big is {it}?", "How large is {it}?", "Is {it} big or small?",
              "Is {it} small or large?", "What is the size of {it}?", "Tell me the size of {it}.",
@@ -69,27 +69,27 @@ PHRASES = {
               "{name}: what color?", "What color do you see in {name}?", "Do you see what color {it} is?",
               "I want to know what color {it} is.", "What color has {it}?", "The color in {name}?",
               "What about the color of {it}?", "Of which color is {it}?", "Say what color {it} has.",
-              "In {name}, what is the color?", "Is it {or} in {name}?", "What color do you think {it} is?",
-              "{it}: {or}?", "What is the color in {name}?"],
+              "In {name}, what is the color?", "Is it {values} in {name}?", "What color do you think {it} is?",
+              "{it}: {values}?", "What is the color in {name}?"],
     "shape": ["What shape is in {name}?", "Which shape is in {name}?", "What shape does {name} show?",
               "What is the shape in {name}?", "Tell me the shape in {name}.", "Which shape do you see in {name}?",
               "What kind of shape is in {name}?", "Give me the shape in {name}.", "{name}: which shape?",
-              "Is there {or} in {name}?", "The shape of {it}?",
+              "Is there {values} in {name}?", "The shape of {it}?",
               "What is the form of {it}?", "What shape has {it}?", "Do you know what shape is in {name}?",
-              "Does {name} show {or}?", "Is it {or} in {name}?", "In {name}, is there {or}?",
-              "Do you see {or} in {name}?", "Say which shape {name} has.",
+              "Does {name} show {values}?", "Is it {values} in {name}?", "In {name}, is there {values}?",
+              "Do you see {values} in {name}?", "Say which shape {name} has.",
               "I want to know what shape {name} shows.", "What shape can you see in {name}?",
-              "What about the shape in {name}?", "What is {it}: {or}?", "{name}: {or}?", "What form has {it}?",
-              "Which form do you see in {name}?", "Is the one in {name} {or}?", "Of what shape is {it}?",
+              "What about the shape in {name}?", "What is {it}: {values}?", "{name}: {values}?", "What form has {it}?",
+              "Which form do you see in {name}?", "Is the one in {name} {values}?", "Of what shape is {it}?",
               "What shape is it that {name} shows?"],
     "place": ["Where is {it}?", "Where in {name} is {it}?", "What is the place of {it}?",
               "Tell me where {it} is.", "What is the position of {it}?", "At what place is {it}?",
               "In what part of {name} is the shape?", "{name}: where is the shape?",
               "Give me the position of {it}.", "Which position does {it} have?", "Do you know where {it} is?",
               "I want to know where {it} is.", "Tell me the place of {it}.", "Say where {it} is.",
-              "In {name}, where is it?", "Is {it} at {or}?", "What about the place of {it}?",
+              "In {name}, where is it?", "Is {it} at {values}?", "What about the place of {it}?",
               "Where can you see {it}?", "Where do we find {it}?", "Which part of {name} shows the shape?",
-              "Where is it in {name}?", "Is it at {or} in {name}?", "In which place do you find {it}?"],
+              "Where is it in {name}?", "Is it at {values} in {name}?", "In which place do you find {it}?"],
     "describe": ["Describe {name}.", "What do you see in {name}?", "What is in {name}?", "What does {name} show?",
                  "Tell me about {name}.", "What can you see in {name}?", "Tell me what is in {name}.",
                  "What is {name} about?", "Give me a description of {name}.", "{name}?",
@@ -211,16 +211,17 @@ UNSEEN_PHRASES = {
     "hello": ["Hello there!", "Hi, good morning.", "Hey, how are you?"],
     "thanks": ["Ok, thanks a lot!", "Very good, thank you.", "Great."],
 }
-# What an image shows, in general and where it was just shown alone; and names of that latest image. "the shape in
-# {name}" stands twice, because it is said most.
+# What an image shows. "the shape in {name}" stands twice, because it is said most.
 IT = ("the shape in {name}", "the shape in {name}", "the object in {name}", "the thing in {name}",
       "the figure in {name}")
+# Names of an image that was just shown alone.
 LATEST = ("the image", "the image", "the picture", "the photo", "this image", "this picture", "the img", "it")
-# Questions about the latest image that name nothing.
+# Questions about it that name nothing.
 NAMELESS = {"size": ("What size?", "How big?", "And the size?"), "color": ("What color?", "And the color?"),
             "shape": ("What shape?", "And the shape?"), "place": ("Where?", "And the place?"),
             "describe": ("What do you see?", "What is it?", "What is this?", "Describe what you see.",
                          "Describe it.")}
+# What it shows.
 SHORT_IT = ("it", "the shape", "the object", "this thing")
 # A value in a phrase of `any` and `which`, words for it, and how it stands in a phrase of `is`.
 LOOKED_FOR = {"size": ("a {} shape", "a {} object", "something {}"),
@@ -229,7 +230,7 @@ LOOKED_FOR = {"size": ("a {} shape", "a {} object", "something {}"),
 OTHERWISE = {"big": ("big", "large"), "small": ("small", "little", "tiny"),
              "center": ("center", "middle", "centre")}
 IS = {"size": ("{}",), "color": ("{}",), "shape": ("a {}",), "place": ("at the {}", "on the {}")}
-LISTED = {"size": "{}", "color": "{}", "shape": "a {}", "place": "the {}"}          # and in {or}
+LISTED = {"size": "{}", "color": "{}", "shape": "a {}", "place": "the {}"}      # and in {values}
 # What is not in the tiny world.
 THINGS = ("dog cat person man woman child car house tree table chair boat bird flower book ball hat door "
           "bridge street train bottle").split()
@@ -276,17 +277,16 @@ class Wording:
                     pick(OTHERWISE.get(what, (what,))))
         values = [LISTED[ask.topic].format(value) for value in ATTRIBUTES.get(ask.topic, ())]
         rng.shuffle(values)
-        listed = " or ".join([", ".join(values[:-1]), *values[-1:]])
         thing = rng.choice(UNSEEN_THINGS if self.unseen else THINGS)
-        if not self.unseen and rng.random() < .3:
+        if not self.unseen and rng.random() < .3:           # an unknown word, so that no list has to name them all
             thing = "".join(rng.choice("abcdefghijklmnoprstuvw") for _ in range(rng.randint(3, 8)))
         text = phrase.format(name=name, other=other, it=it.format(name=name), what=what, thing=thing,
-                             **{"or": listed})
+                             values=" or ".join([", ".join(values[:-1]), *values[-1:]]))
         return text[0].upper() + text[1:]
 
     def typed(self, text: str, is_talk: bool, rng: random.Random) -> str:
-        """The phrase as this person types it: in lower case, without the mark, in British spelling, and politely
-        unless it is small talk."""
+        """The phrase as this person types it. Now and then, by chance, it is in lower case, lacks the mark, has
+        British spelling, or is polite, which small talk is already."""
         if self.plain:
             return text
         before, often = (UNSEEN_BEFORE, .5) if self.unseen else (BEFORE, .25)

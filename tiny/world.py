@@ -4,8 +4,8 @@
                                           └─► dialogue ───► questions and answers ──┘
 
 It stands in for the real data. Its files have the formats of the real ones, so `--size tiny` runs the same code as
-`--size 70b`. The same seed always draws the same files. Some pairs of color and shape never occur in training, and
-the test set `unseen` shows only these. `python -m tiny.world` draws data/tiny and examples/ in under a minute.
+`--size 70b`. The same seed always draws the same files. Some pairs of color and shape never occur where train.py
+learns, and the test set `unseen` shows only these; both towers saw them when they were pre-trained. `python -m tiny.world` draws data/tiny and examples/ in under a minute.
 Before: sources.py, which reads such files. Next: tiny/pretrain.py.
 """
 import base64
@@ -28,7 +28,7 @@ from tiny.wording import (ABOUT_ONE, ATTRIBUTES, COMPARING, HELLO, LATEST, NO_IM
 from weights import replacing
 
 Scene = tuple[str, str, str, str]           # what an image shows: a value of each attribute, in their order
-HELD_OUT = {("red", "star"), ("pink", "circle"), ("yellow", "square"),      # pairs that training never sees
+HELD_OUT = {("red", "star"), ("pink", "circle"), ("yellow", "square"),      # pairs that train.py never sees
             ("green", "triangle"), ("blue", "star"), ("purple", "circle")}
 VALUES = [value for values in ATTRIBUTES.values() for value in values]
 ALL_SCENES = frozenset(product(*ATTRIBUTES.values()))
@@ -80,7 +80,10 @@ def random_scene(rng: random.Random, earlier: list[Scene], allowed: frozenset[Sc
 # ---- questions and answers ----
 
 def questions(scenes: list[Scene]) -> Iterator[tuple[Ask, str]]:
-    """Everything that can be asked about images with these scenes, and the answer. Several are also compared."""
+    """All questions about images with these scenes that training and the exam draw from, with their answers.
+
+    Of two images the earlier one is named first; what changed is asked only where they differ in one attribute.
+    """
     for i, scene in enumerate(scenes):
         for attribute, value in zip(ATTRIBUTES, scene):
             yield Ask(attribute, (i,)), value
@@ -108,9 +111,9 @@ def random_question(scenes: list[Scene], rng: random.Random, topics: Iterable[st
     for ask, answer in questions(scenes):
         table.setdefault(ask.topic, {}).setdefault(answer, []).append(ask)
     compare = len(scenes) > 1 and rng.random() < .6
-    topic = rng.choice([topic for topic in topics or table if topic in table
-                        and (topics or (topic in COMPARING) == compare)])
-    answer = rng.choice(list(table[topic]))         # All answers are equally likely, so guessing does not help.
+    topic = rng.choice([topic for topic in topics if topic in table] or
+                       [topic for topic in table if (topic in COMPARING) == compare])
+    answer = rng.choice(list(table[topic]))         # All answers are equally likely, so no guess is the best.
     return rng.choice(table[topic][answer]), answer
 
 
@@ -134,7 +137,7 @@ def dialogue(n_images: int, n_rounds: int, rng: random.Random, allowed: frozense
              wording: Wording = Wording(), n_beside: float = .15) -> tuple[list[Scene], list]:
     """A conversation: its scenes, and its rounds as (scenes of new images, topic, question, answer).
 
-    All images come by its middle. n_beside: the share of rounds that are not about what an image shows, and of
+    All images come by its middle, the first one in the first or second round. n_beside: the share of rounds that are not about what an image shows, and of
     conversations that begin with such a round, before any image.
     """
     late = n_rounds > 3 and rng.random() < n_beside
@@ -153,8 +156,9 @@ def dialogue(n_images: int, n_rounds: int, rng: random.Random, allowed: frozense
             ask, answer = random_question(scenes, rng)
             topic = ask.topic
         latest = len(scenes) - 1
-        names = [name_of(i, i == latest, rng) for i in ask.images]
-        short = not scenes or alone and ask.images == (latest,)         # "the image" is clear
+        names = [name_of(image, image == latest, rng) for image in ask.images]
+        # "The image" is clear where one was just shown alone; before the first one people say so, too.
+        short = not scenes or alone and ask.images == (latest,)
         rounds.append((new, topic, wording.question(ask, names, short, rng), answer))
     return scenes, rounds
 
