@@ -23,7 +23,8 @@ from torch import Tensor
 # The letters for shapes, in every file: B batch, T queries, S keys or positions of a row, H heads, H_kv heads of
 # keys and values, D head width, C model width, I images, P patches, L tokens of a flat list, A answer tokens.
 
-# `kind` (B, S) holds one of these per position and nothing else tells them apart. Our batches are packed and have no PAD.
+# `kind` (B, S) holds one of these per position and nothing else tells them apart. Our batches are packed and have
+# no PAD; it is for callers with padded rows.
 PAD, TEXT, IMAGE = 0, 1, 2
 
 
@@ -74,7 +75,7 @@ def mmca(q: Tensor, k: Tensor, v: Tensor, kind: Tensor, past: int = 0) -> Tensor
 # Why can a frozen LLaMA cope with rows whose weights sum to 2? Attention adds its output to the residual stream,
 # and each part that reads the stream first divides it by its length (RMSNorm). So the second sum turns the stream
 # towards what the image shows, and hardly changes the scale that LLaMA is used to. In the tiny model the stream
-# after attention is 1.25 times as long as with the first softmax alone in the first layer, and 0.99 to 1.07 times
+# after attention is 1.15 times as long as with the first softmax alone in the first layer, and 0.99 to 1.02 times
 # in the others (`python tests/bench.py two_softmaxes`; nobody has measured it at the real sizes).
 
 def all_text(kind: Tensor) -> Tensor:

@@ -70,7 +70,8 @@ class Options:
     local_rank: int = option(0, "set by the launcher")
 
 
-USUAL = {"tiny": "single", "7b": "attention", "13b": "set2", "70b": "set2"}       # the paper's for each size
+# The mixture of datasets for each size, as in the paper.
+MIXTURE_OF_SIZE = {"tiny": "single", "7b": "attention", "13b": "set2", "70b": "set2"}
 
 
 def paper_epochs(size: str, datasets: tuple[str, ...]) -> int:
@@ -82,7 +83,7 @@ def paper_epochs(size: str, datasets: tuple[str, ...]) -> int:
 
 def for_size(options: Options) -> Options:
     """Options with what is None filled in. --plan is about GPUs, so it plans for FP16 where there is none, too."""
-    datasets = options.datasets or (USUAL[options.size],)
+    datasets = options.datasets or (MIXTURE_OF_SIZE[options.size],)
     usual = (dict(data="data/tiny", cache_features="out/features", epochs=2, batch=16, lr=2e-3)
              if options.size == "tiny" else
              dict(data="data", cache_features="", epochs=paper_epochs(options.size, datasets), batch=128, lr=1e-3))
@@ -108,7 +109,8 @@ def command_line(description: str) -> Options:
     """Options from the command line; a bad one ends the program with a line."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     for f in fields(Options):
-        flags = dict.fromkeys((f"--{f.name.replace('_', '-')}", f"--{f.name}"))     # the launcher writes --local_rank
+        # Both spellings, because the launcher writes --local_rank.
+        flags = dict.fromkeys((f"--{f.name.replace('_', '-')}", f"--{f.name}"))
         how = (dict(action="store_true") if f.default is False else dict(nargs="+", type=str) if f.default == ()
                else dict(type=f.metadata["kind"]))
         parser.add_argument(*flags, default=f.default, help=f.metadata["help"], **how,

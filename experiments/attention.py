@@ -4,7 +4,8 @@
     python -m experiments.attention --seeds 0 1     two seeds
 
 It runs train.py and tiny/exam.py as a user would and reads the eval.csv of each run. Options that it does not know
-go to train.py. Runs that are there already are not repeated, so other options need another --out. The paper compares the two at 7b, on the same two datasets. Before: train.py.
+go to train.py. Runs that are there already are not repeated, so other options need another --out. The paper
+compares the two at 7b, on the same two datasets. Before: train.py.
 """
 import subprocess
 import sys

@@ -404,8 +404,7 @@ def two_softmaxes(options):
     """For text that sees an image, the mean length of the stream after each layer's attention with both softmaxes,
     over that with the first one alone. The last layer computes answers only and is left out."""
     model, config = load(options.model)
-    tokenizer, test, vision = Tokenizer(towers(config)[0]), Path("data/tiny/test_seen"), model.vit.config
-    world.ensure(test.parent)
+    tokenizer, test, vision = Tokenizer(towers(config)[0]), world.ensure_tests(world.DATA)[0], model.vit.config
     conversations = list(llava(Reader(test.name, test), [test / DIALOGUE], test / COCO))[:120]
     batch = collate([to_tensors(encode(conversation.rounds, tokenizer, vision.n_queries), vision.image_size)
                      for conversation in conversations])
@@ -588,7 +587,8 @@ def main():
     parser.add_argument("--length", type=int, default=2048, help="positions of a training step")
     parser.add_argument("--wide", action="store_true", help="in `decode`: weights that 16 bits cannot hold")
     parser.add_argument("--recompute", action="store_true", help="in a training step, as train.py does")
-    parser.add_argument("--model", type=Path, default=Path("out/tiny"), help="training result of `two_softmaxes`")
+    parser.add_argument("--model", type=Path, default=Path("weights/tiny/chat"),
+                        help="training result for `two_softmaxes`")
     parser.add_argument("--step", help=argparse.SUPPRESS)
     parser.add_argument("--file", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()

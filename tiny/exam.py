@@ -4,9 +4,9 @@
     python -m tiny.exam --model weights/tiny/chat
 
 Every conversation of the test sets is held as in chat.py, with the model's own answers in its history; one set
-asks in phrases that training never shows. An answer counts if it is right word for word. The first two test sets come
-once more with every image gray ("blind"), to show how much can be guessed. eval.csv in the result's folder gets
-every answer. Before: tiny/world.py, which draws the test sets.
+asks in phrases that training never shows. An answer counts if it is right word for word. The first two test sets
+come once more with every image gray ("blind"), to show how much can be guessed. eval.csv in the result's folder
+gets every answer. Before: tiny/world.py, which draws the test sets.
 """
 import csv
 import math
@@ -133,7 +133,7 @@ GROUPS: dict[str, Callable[[Marked], bool]] = {
     "lower case, no marks": lambda one: one.test == "lower" and is_good(one),
     "rounds 13 to 16": lambda one: one.round > 12 and is_good(one),
     "rounds 13 to 16, up to 3 images": lambda one: one.round > 12 and one.images < 4 and is_good(one),
-    **{f"{n} images": lambda one, n=n: one.test == "long" and one.images == n and is_good(one)
+    **{f"{n} image{'s' * (n > 1)}": lambda one, n=n: one.test == "long" and one.images == n and is_good(one)
        for n in range(1, 9)},
     "absent image": lambda one: one.topic == "absent",
     "outside of its world": lambda one: one.topic == "outside",

@@ -74,14 +74,14 @@ PHRASES = {
     "shape": ["What shape is in {name}?", "Which shape is in {name}?", "What shape does {name} show?",
               "What is the shape in {name}?", "Tell me the shape in {name}.", "Which shape do you see in {name}?",
               "What kind of shape is in {name}?", "Give me the shape in {name}.", "{name}: which shape?",
-              "Is there {values} in {name}?", "The shape of {it}?",
-              "What is the form of {it}?", "What shape has {it}?", "Do you know what shape is in {name}?",
+              "Is there {values} in {name}?", "The shape of {it}?", "What is the form of {it}?",
+              "What shape has {it}?", "Do you know what shape is in {name}?",
               "Does {name} show {values}?", "Is it {values} in {name}?", "In {name}, is there {values}?",
               "Do you see {values} in {name}?", "Say which shape {name} has.",
               "I want to know what shape {name} shows.", "What shape can you see in {name}?",
-              "What about the shape in {name}?", "What is {it}: {values}?", "{name}: {values}?", "What form has {it}?",
-              "Which form do you see in {name}?", "Is the one in {name} {values}?", "Of what shape is {it}?",
-              "What shape is it that {name} shows?"],
+              "What about the shape in {name}?", "What is {it}: {values}?", "{name}: {values}?",
+              "What form has {it}?", "Which form do you see in {name}?", "Is the one in {name} {values}?",
+              "Of what shape is {it}?", "What shape is it that {name} shows?"],
     "place": ["Where is {it}?", "Where in {name} is {it}?", "What is the place of {it}?",
               "Tell me where {it} is.", "What is the position of {it}?", "At what place is {it}?",
               "In what part of {name} is the shape?", "{name}: where is the shape?",
@@ -216,12 +216,12 @@ IT = ("the shape in {name}", "the shape in {name}", "the object in {name}", "the
       "the figure in {name}")
 # Names of an image that was just shown alone.
 LATEST = ("the image", "the image", "the picture", "the photo", "this image", "this picture", "the img", "it")
-# Questions about it that name nothing.
+# Questions about that image that name nothing.
 NAMELESS = {"size": ("What size?", "How big?", "And the size?"), "color": ("What color?", "And the color?"),
             "shape": ("What shape?", "And the shape?"), "place": ("Where?", "And the place?"),
             "describe": ("What do you see?", "What is it?", "What is this?", "Describe what you see.",
                          "Describe it.")}
-# What it shows.
+# What that image shows.
 SHORT_IT = ("it", "the shape", "the object", "this thing")
 # A value in a phrase of `any` and `which`, words for it, and how it stands in a phrase of `is`.
 LOOKED_FOR = {"size": ("a {} shape", "a {} object", "something {}"),
@@ -230,7 +230,7 @@ LOOKED_FOR = {"size": ("a {} shape", "a {} object", "something {}"),
 OTHERWISE = {"big": ("big", "large"), "small": ("small", "little", "tiny"),
              "center": ("center", "middle", "centre")}
 IS = {"size": ("{}",), "color": ("{}",), "shape": ("a {}",), "place": ("at the {}", "on the {}")}
-LISTED = {"size": "{}", "color": "{}", "shape": "a {}", "place": "the {}"}      # and in {values}
+LISTED = {"size": "{}", "color": "{}", "shape": "a {}", "place": "the {}"}      # as part of {values}
 # What is not in the tiny world.
 THINGS = ("dog cat person man woman child car house tree table chair boat bird flower book ball hat door "
           "bridge street train bottle").split()

@@ -5,8 +5,9 @@
 
 It stands in for the real data. Its files have the formats of the real ones, so `--size tiny` runs the same code as
 `--size 70b`. The same seed always draws the same files. Some pairs of color and shape never occur where train.py
-learns, and the test set `unseen` shows only these; both towers saw them when they were pre-trained. `python -m tiny.world` draws data/tiny and examples/ in under a minute.
-Before: sources.py, which reads such files. Next: tiny/pretrain.py.
+learns, and the test set `unseen` shows only these; both towers saw them when they were pre-trained.
+`python -m tiny.world` draws data/tiny and examples/ in under a minute. Before: sources.py, which reads such files.
+Next: tiny/pretrain.py.
 """
 import base64
 import json
@@ -137,8 +138,8 @@ def dialogue(n_images: int, n_rounds: int, rng: random.Random, allowed: frozense
              wording: Wording = Wording(), n_beside: float = .15) -> tuple[list[Scene], list]:
     """A conversation: its scenes, and its rounds as (scenes of new images, topic, question, answer).
 
-    All images come by its middle, the first one in the first or second round. n_beside: the share of rounds that are not about what an image shows, and of
-    conversations that begin with such a round, before any image.
+    All images come by its middle, the first one in the first or second round. n_beside: the share of rounds that are
+    not about what an image shows, and of conversations that begin with such a round, before any image.
     """
     late = n_rounds > 3 and rng.random() < n_beside
     starts = [int(late)] + [rng.choice([int(late), rng.randrange(int(late), n_rounds // 2 + 1)])
