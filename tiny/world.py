@@ -138,8 +138,8 @@ def dialogue(n_images: int, n_rounds: int, rng: random.Random, allowed: frozense
              wording: Wording = Wording(), n_beside: float = .15) -> tuple[list[Scene], list]:
     """A conversation: its scenes, and its rounds as (scenes of new images, topic, question, answer).
 
-    All images come by its middle, the first one in the first or second round. n_beside: the share of rounds that are
-    not about what an image shows, and of conversations that begin with such a round, before any image.
+    All images come by its middle, the first one in the first or second round. n_beside: the share of rounds that
+    are not about what an image shows, and of conversations that begin with such a round, before any image.
     """
     late = n_rounds > 3 and rng.random() < n_beside
     starts = [int(late)] + [rng.choice([int(late), rng.randrange(int(late), n_rounds // 2 + 1)])
