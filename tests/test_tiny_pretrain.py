@@ -124,7 +124,7 @@ def small(tmp_path, monkeypatch) -> dict[str, list[float]]:
         optimize(tower, heads, and_kept, steps, name)
 
     for name, value in (("optimize", noted), ("WEIGHTS", tmp_path), ("UNFINISHED", tmp_path / "unfinished"),
-                        ("STEPS", {"vit": 30, "llama": 12}), ("N_IMAGES", 64), ("N_FRESH", 100)):
+                        ("STEPS", {"vit": 12, "llama": 12}), ("N_IMAGES", 64), ("N_FRESH", 50)):
         monkeypatch.setattr(pretrain, name, value)
     return losses
 
@@ -135,7 +135,7 @@ def test_the_losses_of_pre_training_fall_and_its_folders_load(tmp_path, small, m
     assert mean(small["ViT"][-5:]) < 0.95 * mean(small["ViT"][:5])
     assert small["LLaMA"][-1] < 0.9 * small["LLaMA"][0]
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("ViT, attributes read from 100 fresh images:")
+    assert lines[0].startswith("ViT, attributes read from 50 fresh images:")
     assert [line.split(":")[0] for line in lines[1:]] == [
         f"LLaMA, {name}, written scenes, {shown} shown" for name in ("mmca", "causal")
         for shown in ("no or one", "two or three", "four to eight")]
