@@ -19,14 +19,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data import ImageFile
+from pixels import load_pixels, normalized, read_bytes
 from visualchat import TRAINED, ModelConfig, VisualChat, towers
-from vit import VisionTransformer, load_pixels
+from vit import VisionTransformer
 from weights import read_file, replacing
 
 
 def digest_of(image: ImageFile) -> str:
-    """What an image is known by: its bytes, wherever it lies."""
-    return hashlib.sha256(image.read_bytes()).hexdigest()
+    """What an image is known by: its bytes, wherever it lies; raises as `read_bytes` does."""
+    return hashlib.sha256(read_bytes(image)).hexdigest()
 
 
 # ---- for training ----
@@ -39,7 +40,7 @@ class KeptFeatures:
     """
 
     def __init__(self, folder: Path, vit: VisionTransformer):
-        digest = hashlib.sha256(f"1 {vit.config}".encode())     # increase this 1 when load_pixels changes
+        digest = hashlib.sha256(f"2 {vit.config}".encode())     # increase this 2 when load_pixels changes
         for name, tensor in vit.state_dict().items():
             digest.update(name.encode())
             digest.update(tensor.contiguous().flatten().view(torch.uint8).cpu().numpy())
@@ -78,7 +79,8 @@ class KeptFeatures:
         with ThreadPoolExecutor(4) as pool:                     # An image may take half a GB while it is opened.
             for i in tqdm(range(0, len(images), n), "features", leave=False):
                 if new := [found for found in pool.map(opened, images[i:i + n]) if found]:
-                    features = vit(torch.stack([pixels for _, pixels in new]).to(weight)).half().cpu()
+                    pixels = torch.stack([pixels for _, pixels in new]).to(weight.device)
+                    features = vit(normalized(pixels, weight.dtype)).half().cpu()
                     for (file, _), values in zip(new, features):
                         with replacing(file) as unfinished:
                             save_file({"features": values.clone()}, unfinished)

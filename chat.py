@@ -26,9 +26,9 @@ from data import Encoded, Round, encode_round
 from decode import compile_step
 from llama import Cache, Tokenizer
 from mmca import ATTENTION, TEXT
+from pixels import load_pixels, read_image
 from visualchat import TRAINED, VisualChat, load, towers
-from vit import load_pixels, read_image
-from weights import find_weights
+from weights import find_weights, printable
 
 with contextlib.suppress(ImportError):
     import readline                                             # line editing and history, where the system has it
@@ -163,7 +163,7 @@ def announce(files: list[Path], first: int) -> list[Path]:
     for file in files:
         read_image(file)
     for number, file in enumerate(files, first):
-        print(f"image {number}: {file}")
+        print(f"image {number}: {printable(str(file))}")
     return files
 
 
@@ -175,32 +175,36 @@ def answer_line(chat: Chat, line: str, waiting: list[Path]) -> list[Path]:
     if not question:
         return waiting
     for piece in chat.ask(question, waiting):
-        print(piece, end="", flush=True)
+        print(printable(piece), end="", flush=True)
     print()
     return []
 
 
-def converse(chat: Chat, waiting: list[Path]):
-    """Read lines from the terminal until it ends; a bad line is explained and changes nothing."""
+def converse(chat: Chat, waiting: list[Path]) -> bool:
+    """Read lines until they end; a bad line is explained and changes nothing. Returns whether all lines were good."""
     print(HELP)
+    good = True
     while True:
         before = chat.n_images
         try:
             line = input("> ").strip()
             if line.lower() == "/quit":
-                return
+                return good
             if line.lower() == "/new":
                 chat, waiting = chat.again(), []
+                print("a new conversation without images")
             elif line.startswith("/") and not Path(line.split()[0]).suffix:    # a path has a suffix
                 print(HELP)
             elif line:
                 waiting = answer_line(chat, line, waiting)
         except EOFError:
-            return print()
+            print()
+            return good
         except KeyboardInterrupt:                               # ends an answer, not the conversation
             print("\nstopped; /quit or Ctrl-D ends the conversation")
         except (OSError, ValueError) as error:
-            print(error)
+            print(printable(str(error)))
+            good, waiting = False, [file for file in waiting if file.is_file()]     # else no later line would do
         if chat.n_images != before:                             # they joined, however the round ended
             waiting = []
 
@@ -227,6 +231,8 @@ def read_options() -> argparse.Namespace:
         parser.error(f"--top-p {options.top_p}: expected more than 0 and at most 1")
     if options.top_p < 1 and not options.temperature:
         parser.error("--top-p does nothing without --temperature, such as --temperature 1")
+    if options.question and not all(question.strip() for question in options.question):
+        parser.error("--question: an empty one; expected a question, or the name of an image and a question")
     if options.keep and options.keep.exists() and not options.keep.is_dir():
         parser.error(f"--keep {options.keep}: expected a folder, or a name for one")
     options.device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
@@ -255,26 +261,30 @@ def open_chat(options: argparse.Namespace) -> Chat:
         print("the first answer without and the first one with an image wait for the compiler")
     print(f"{folder}: LLaMA-2 {config.size}, {wanted}, on {options.device.type}")
     album = Album(model, options.keep and options.keep / fingerprint(folder, config))
-    return Chat(model, Tokenizer(towers(config)[0]), album, options.temperature, options.top_p, step)
+    return Chat(model, Tokenizer(towers(config)[0], model.llama.config.vocab_size), album, options.temperature, options.top_p, step)
 
 
 def main():
-    """A bad setting or file ends the program with one line, whatever was asked before."""
+    """A bad setting or file ends the program with one line, whatever was asked before.
+
+    Lines that come from a file or another program let it end with 1 if one of them was bad.
+    """
     options = read_options()
+    sys.stdout.reconfigure(errors="backslashreplace")           # not every terminal knows every character
     try:
         chat = open_chat(options)
         waiting = announce(options.images, first=1)
         if not options.question:
-            return converse(chat, waiting)
+            sys.exit(not converse(chat, waiting) and not sys.stdin.isatty())
         for line in options.question:
             print(f"> {line}")
             waiting = answer_line(chat, line, waiting)
     except (OSError, ValueError) as error:
-        sys.exit(f"chat.py: {error}")
+        sys.exit(f"chat.py: {printable(str(error))}")
     except RuntimeError as error:                               # PyTorch's error when a compiler fails
         if not options.compile:
             raise
-        sys.exit(f"chat.py: {error}\nThis was with --compile; try without.")
+        sys.exit(f"chat.py: {printable(str(error))}\nThis was with --compile; try without.")
     except KeyboardInterrupt:
         sys.exit(130)                                           # the exit status that shells give to Ctrl-C
 

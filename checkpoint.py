@@ -1,38 +1,51 @@
 """How does a run survive a kill? Checkpoints of what trains, and signals that are noted instead of ending a step.
 
-    save      every rank writes its part of the moments and float32 masters; then one rename makes it the latest
-    killed    the checkpoint that `latest` names is whole, whatever was being written
-    --resume  finds it, checks that the options are the same, and loads it, also with another number of ranks
+    save      every rank writes its part of the moments and float32 masters; then one rename adds progress.json,
+              which has a checksum of every file and its own
+    killed    what was being written has no progress.json, and the checkpoint before it is whole
+    --resume  finds the newest whole one, checks that options and data are the same, and loads it, also with
+              another number of ranks
 
-progress.json beside them says how many steps are done, which checkpoints are kept, and the best validation loss.
-From the steps train.py knows the epoch and what is left of it, because seed and epoch alone give the order.
-The frozen weights are never saved: they are in their own files. The end of a run removes its checkpoints.
-Side room of train.py.
+progress.json says how many steps are done, and the best validation loss. From the steps train.py knows the epoch
+and what is left of it, because seed and epoch alone give the order. No state of random numbers is kept: after the
+first weights training draws none. The frozen weights are never saved: they are in their own files. The end of a run
+removes its checkpoints. Side room of train.py.
 """
+import fcntl
+import hashlib
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import deepspeed.comm as dist
 import torch
 from deepspeed.utils import safe_get_full_fp32_param
+from safetensors import SafetensorError
 from torch import Tensor
 
+from data import Conversation
 from recipe import Options
 from visualchat import TEMPLATE, TRAINED
 from weights import read_json, replacing
 
+PROGRESS = "progress.json"
 # A run goes on only with the same of these.
-SAME = ("size", "attention", "datasets", "skip_bad", "seed", "epochs", "batch", "positions", "lr", "embedding_lr",
-        "zero", "precision")
+SAME = ("size", "attention", "llama", "vit", "datasets", "seed", "epochs", "batch", "positions", "lr",
+        "embedding_lr", "zero", "precision")
 
 
 class Stop:
-    """Within `with`, Ctrl-C and SIGTERM do not end the process: they are noted, so that it can end well."""
+    """Within `with`, Ctrl-C and SIGTERM do not end the process: they are noted, so that it can end well.
+
+    Another one at least three seconds later does end it, at once. Launchers pass signals on, so one may come twice.
+    """
 
     def __enter__(self) -> "Stop":
         self.asked = False
@@ -44,7 +57,11 @@ class Stop:
             signal.signal(number, handler)
 
     def ask(self, number, frame):
-        self.asked = True
+        if self.asked and time.monotonic() > self.since + 3:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        if not self.asked:
+            self.asked, self.since = True, time.monotonic()
 
     def agreed(self, engine) -> bool:
         """Whether any rank was asked: all ranks must leave together."""
@@ -68,18 +85,91 @@ def sums(parts: dict[str, Tensor]) -> dict[str, int]:
     return {name: part.contiguous().view(torch.int32).sum().item() for name, part in parts.items()}
 
 
-def latest(options: Options) -> dict | None:
-    """How far the newest complete checkpoint in the result's folder is, or None.
+def identity(conversations: Iterable[Conversation]) -> str:
+    """A checksum of what conversations say and show, wherever the data folder lies."""
+    digest = hashlib.sha256()
+    for conversation in conversations:
+        for one in conversation.rounds:
+            names = [Path(str(image)).name for image in one.images]
+            digest.update(repr((one.question, one.answer, names)).encode(errors="backslashreplace"))
+    return digest.hexdigest()
 
-    Raises ValueError where it belongs to a run with other options, or is there although --resume is not given.
+
+# ---- one run at a time, and what cannot be written ----
+
+@contextmanager
+def only_run(out: Path) -> Iterator[None]:
+    """Hold the folder's lock, which the end of the process releases, whatever ends it.
+
+    Raises ValueError where another run has it and OSError where the folder cannot be written.
     """
-    folder = Path(options.out) / "checkpoints"
-    if not (folder / "latest").exists():
+    out.mkdir(parents=True, exist_ok=True)
+    with open(out / ".lock", "a") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            raise ValueError(f"another run writes into {out}: wait for its end, or take another --out") from None
+        yield
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Raises OSError that names the folder for whatever keeps the block from writing, such as a full disk."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise OSError(f"could not write into {folder}: {str(error).splitlines()[0]}. Make room there, or make it "
+                      "writable, and go on with --resume") from error
+
+
+# ---- checkpoints ----
+
+def digests(folder: Path) -> dict[str, str]:
+    """A checksum of every file in a checkpoint but progress.json, by its name."""
+    found = {}
+    for path in sorted(path for path in folder.rglob("*") if path.is_file() and path.name != PROGRESS):
+        with open(path, "rb") as file:
+            found[str(path.relative_to(folder))] = hashlib.file_digest(file, "sha256").hexdigest()
+    return found
+
+
+def digest_of(state: dict) -> str:
+    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
+
+
+def read_progress(folder: Path) -> dict:
+    """What progress.json of a checkpoint says; raises ValueError where not all is as it was written."""
+    state = read_json(folder / PROGRESS)
+    if (template := state.get("template", 1)) == TEMPLATE:      # else `latest` refuses it, whole or not
+        if state.pop("digest", None) != digest_of(state):
+            raise ValueError(f"{PROGRESS} is damaged, or of an older version of this code")
+        if wrong := {name for name, _ in state["files"].items() ^ digests(folder).items()}:
+            raise ValueError(f"{', '.join(sorted(wrong))} is damaged")
+    return state | {"template": template}
+
+
+def latest(options: Options, say: Callable[[str], None] = print) -> dict | None:
+    """How far the newest whole checkpoint in the result's folder is, or None; says which newer ones are not whole.
+
+    Raises ValueError where it belongs to a run with other options, or is there although --resume is not given, or
+    where all are damaged.
+    """
+    folder, progress, damaged = Path(options.out) / "checkpoints", None, False
+    for step in sorted(folder.glob("step-????????"), reverse=True):
+        if (step / PROGRESS).exists():                          # else a kill interrupted its writing
+            try:
+                progress = read_progress(step)
+                break
+            except (OSError, ValueError) as error:
+                damaged = True
+                say(f"{step} is left out: {error}")
+    if progress is None:
+        if damaged:
+            raise ValueError(f"no checkpoint in {folder} is whole: delete it to start again")
         return None
-    progress = read_json(folder / (folder / "latest").read_text() / "progress.json")
-    if (template := progress.get("template", 1)) != TEMPLATE:
-        raise ValueError(f"{options.out} was started with version {template} of the prompt template, and data.py "
-                         f"has version {TEMPLATE}: delete {folder} and start again")
+    if progress["template"] != TEMPLATE:
+        raise ValueError(f"{options.out} was started with version {progress['template']} of the prompt template, "
+                         f"and data.py has version {TEMPLATE}: delete {folder} and start again")
     if not options.resume:
         raise ValueError(f"{options.out} holds a run that stopped at step {progress['step']}: go on with "
                          f"--resume, start another with another --out, or delete {folder}")
@@ -98,7 +188,7 @@ def has_ended(options: Options) -> bool:
 
 
 def save_checkpoint(engine, options: Options, progress: dict):
-    """Every rank writes its part; then one rename makes it the latest. A kill leaves the one before."""
+    """Every rank writes its part; then one rename makes it count. A kill leaves the one before."""
     older = [step for step in progress["saved"] if step < progress["step"]]
     progress["saved"] = [*older, progress["step"]][-options.keep:]
     folder, tag = Path(options.out) / "checkpoints", f"step-{progress['step']:08d}"
@@ -107,12 +197,12 @@ def save_checkpoint(engine, options: Options, progress: dict):
         shutil.rmtree(folder / tag, ignore_errors=True)         # what a killed run left unfinished
     dist.barrier()
     engine.save_checkpoint(str(folder), tag, save_latest=False, exclude_frozen_parameters=True)
+    dist.barrier()                                              # All ranks have written.
     if dist.get_rank() == 0:
         state = {**progress, "ranks": dist.get_world_size(), "options": {n: getattr(options, n) for n in SAME},
-                 "sums": sums(parts), "template": TEMPLATE}
-        (folder / tag / "progress.json").write_text(json.dumps(state, indent=1))
-        with replacing(folder / "latest") as new:
-            new.write_text(tag)
+                 "sums": sums(parts), "template": TEMPLATE, "files": digests(folder / tag)}
+        with replacing(folder / tag / PROGRESS) as new:
+            new.write_text(json.dumps(state | {"digest": digest_of(state)}, indent=1))
         for old in sorted(folder.glob("step-????????")):
             if int(old.name[5:]) not in progress["saved"]:
                 shutil.rmtree(old)
@@ -137,7 +227,7 @@ def load_checkpoint(engine, options: Options, progress: dict):
         for group, lr in zip(engine.optimizer.param_groups, engine.lr_scheduler.get_last_lr()):
             group["lr"] = lr
     if sums(trained(engine)) != progress["sums"]:
-        raise ValueError(f"{folder / tag} did not restore what is trained: name an older one in {folder}/latest")
+        raise ValueError(f"{folder / tag} did not restore what is trained: delete it to go on from an older one")
 
 
 def remove_checkpoints(options: Options):

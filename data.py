@@ -23,8 +23,9 @@ from torch.utils.data import Dataset
 
 from llama import Tokenizer
 from mmca import IMAGE, TEXT
+from pixels import load_pixels
 from visualchat import IGNORE
-from vit import VisionConfig, load_pixels
+from vit import VisionConfig
 from weights import printable
 
 SYSTEM = "You are a powerful vision-language assistant."        # the paper's (Figure 3)
@@ -174,7 +175,7 @@ class Features(Protocol):
 
 
 def to_tensors(encoded: Encoded, image_size: int, features: Features | None = None) -> dict[str, Tensor]:
-    """An example: ids, kind, labels (S) and images (I, 3, image_size, image_size).
+    """An example: ids, kind, labels (S) and images (I, 3, image_size, image_size) uint8.
 
     If the ViT's features are kept, features (I, n_queries, output_dim) in FP16 take the place of images. Raises as
     `load_pixels` and `KeptFeatures.load` do.
@@ -183,8 +184,10 @@ def to_tensors(encoded: Encoded, image_size: int, features: Features | None = No
     if features:
         kept = [features.load(image) for image in encoded.images]
         return example | {"features": torch.stack(kept) if kept else torch.empty(0, *features.shape).half()}
-    pixels = [load_pixels(image, image_size) for image in encoded.images]
-    return example | {"images": torch.stack(pixels) if pixels else torch.empty(0, 3, image_size, image_size)}
+    images = torch.empty(len(encoded.images), 3, image_size, image_size, dtype=torch.uint8)
+    for i, image in enumerate(encoded.images):
+        images[i] = load_pixels(image, image_size)
+    return example | {"images": images}
 
 
 def collate(examples: list[dict[str, Tensor]]) -> dict:

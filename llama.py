@@ -9,7 +9,7 @@ conversations of a batch are one flat list of L tokens, text first, then image t
 is padded. Every module has its name in the official checkpoint. Before: mmca.py. Next: vit.py.
 """
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mmca import IMAGE, TEXT, Layout, all_text, compact_attention, separate, written_attention
-from weights import load_strictly, read_json, read_tensors, without_values
+from weights import load_strictly, read_json, read_tensors, sizes, without_values
 
 
 @dataclass(frozen=True)
@@ -154,7 +154,9 @@ class Pass:
     """What all layers of one forward pass share."""
     n_queries: int                  # so many tokens, the first ones of x, attend to others
     rope: Tensor                    # (2, L, 1, D)
-    attend: Callable                # (number of the layer, q, k, v) to the output of attention, (L, H, D)
+    # (number of the layer, q, k, v) to the output of attention, (L, H, D). `Attention` calls it. It is one of the
+    # two forms in mmca.py, which gets earlier keys and values from `Cache.extend`, if there is a cache.
+    attend: Callable
 
 
 class Attention(nn.Module):
@@ -267,13 +269,12 @@ def read_llama_config(path: Path) -> LlamaConfig:
         if found.get(name, only) != only:
             raise ValueError(f"{path}: {name} is {found[name]!r}, a LLaMA-2 has {only!r}")
     found.setdefault("num_key_value_heads", found.get("num_attention_heads"))     # absent in old 7b and 13b files
-    sizes = {field.name: found[field.name] for field in fields(LlamaConfig) if field.name in found}
-    if bad := [f"{name} {size!r}" for name, size in sizes.items() if type(size) not in (int, float) or size <= 0]:
-        raise ValueError(f"{path} has {', '.join(bad)}, expected positive numbers")
-    try:
-        return LlamaConfig(**sizes)
-    except TypeError as error:
-        raise ValueError(f"{path} lacks a size: {error}") from error
+    config = sizes(LlamaConfig, found, path)
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    if config.hidden_size % (2 * heads) or heads % kv_heads:
+        raise ValueError(f"{path}: {heads} heads, {kv_heads} of keys and values, do not divide hidden_size "
+                         f"{config.hidden_size} into parts of equal, even width")
+    return config
 
 
 class Llama(nn.Module):
@@ -366,9 +367,13 @@ class Llama(nn.Module):
 # ---- words ----
 
 class Tokenizer:
-    """LLaMA's sentencepiece model: text to ids and back. No text turns into the ids of BOS and EOS."""
+    """LLaMA's sentencepiece model: text to ids and back. No text turns into the ids of BOS and EOS.
 
-    def __init__(self, folder: Path | str):
+    rows: of the token embedding that it is for. Raises FileNotFoundError for no file and ValueError for a damaged
+    one, or one that does not fit.
+    """
+
+    def __init__(self, folder: Path | str, rows: int | None = None):
         path = Path(folder) / "tokenizer.model"
         if not path.exists():
             raise FileNotFoundError(f"no {path}: it comes with the LLaMA-2 weights")
@@ -377,6 +382,9 @@ class Tokenizer:
         except RuntimeError as error:
             raise ValueError(f"{path} is no sentencepiece model, get it again: {error}") from error
         self.bos, self.eos = self.model.bos_id(), self.model.eos_id()
+        if min(self.bos, self.eos) < 0 or (rows and self.model.vocab_size() > rows):
+            raise ValueError(f"{path} has {self.model.vocab_size()} pieces, BOS {self.bos} and EOS {self.eos}, "
+                             f"expected at most {rows} and both: is it of another model?")
 
     def encode(self, text: str) -> list[int]:
         return self.model.encode(text.encode(errors="replace").decode())    # a terminal's stray byte becomes "?"

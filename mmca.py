@@ -229,7 +229,9 @@ def compact_attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout, extend: C
     return torch.cat((*texts, images))
 
 
-ATTENTION = ("mmca", "causal", "written")       # written: MMCA again, by `written_attention`
+# The names for --attention; written: MMCA again, by `written_attention`. Another attention needs a name here and
+# either another kind, as `all_text` gives causal attention, or another form; Llama (llama.py) picks them by name.
+ATTENTION = ("mmca", "causal", "written")
 
 
 # ---- Figure 4, to look at ----

@@ -61,6 +61,7 @@ class Options:
     save_steps: int = option(100, "steps between checkpoints for --resume; each epoch ends with one, too", least=1)
     keep: int = option(2, "how many of the newest checkpoints to keep", least=1)
     resume: bool = option(False, "go on where a run into the same folder was stopped or killed")
+    overwrite: bool = option(False, "replace the result of a run into the same folder that has ended")
     monitor: tuple[str, ...] = option((), "who else is told the figures, through DeepSpeed",
                                       ["tensorboard", "wandb", "csv_monitor"])
     plan: bool = option(False, "print what each GPU will hold and how much there is to compute, and end")

@@ -27,8 +27,9 @@ from tqdm import tqdm
 
 from data import MAX_POSITIONS, Conversation, ImageFile, Round, encode, marked
 from llama import Tokenizer
+from pixels import load_pixels
 from visualchat import REPOSITORIES
-from vit import VisionConfig, VisionTransformer, load_pixels
+from vit import VisionConfig, VisionTransformer
 from weights import find_weights, printable, read_json, replacing
 
 MARK, SPARKLES_MARK = "<image>", "<Img><ImageHere></Img>"       # They stand for an image in a question.
@@ -485,7 +486,7 @@ WHERE = {"coco": "the images of COCO's train2017 from cocodataset.org",
 class Source:
     """A dataset: what converts it, how many samples the paper counts (Table 1), its files and folders."""
     convert: Callable[..., Iterator[Conversation]]              # takes a Reader and the paths of `files`
-    in_paper: int
+    in_paper: int                                               # for one that the paper lacks: its own count
     files: tuple[str, ...]
 
     def read(self, reader: Reader) -> Iterator[Conversation]:

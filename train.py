@@ -10,9 +10,13 @@ import csv
 import json
 import math
 import multiprocessing
+import shutil
 import signal
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -27,7 +31,8 @@ from zero import (DTYPES, build_model, check_machine, check_options, dist, engin
                   per_rank, plan_text, settings_for, share_of_peak, start)
 
 from album import KeptFeatures
-from checkpoint import Stop, has_ended, latest, load_checkpoint, remove_checkpoints, save_checkpoint, trained
+from checkpoint import (Stop, has_ended, identity, latest, load_checkpoint, only_run, remove_checkpoints,
+                        save_checkpoint, trained, writing)
 from data import Conversations, collate, order, pack, split
 from llama import Tokenizer
 from mmca import IMAGE
@@ -37,6 +42,8 @@ from tiny.world import DATA, ensure
 from visualchat import IGNORE, ModelConfig, VisualChat, save, towers, whole_answers
 from vit import VisionTransformer
 from weights import replacing
+
+LOADER_SECONDS = 600            # after which a process that opens images counts as lost
 
 
 # ---- data ----
@@ -79,11 +86,37 @@ def ignore_signals(worker: int):
         signal.signal(number, signal.SIG_IGN)
 
 
-def loader(conversations: Conversations, indices: list[int], options: Options) -> DataLoader:
-    """For each step this rank's packed batches of these conversations in this order, made by worker processes."""
-    return DataLoader(conversations, per_rank(options, dist.get_world_size()), sampler=indices,
-                      num_workers=options.workers, collate_fn=partial(pack, positions=options.positions),
-                      worker_init_fn=ignore_signals, pin_memory=torch.cuda.is_available())
+def workers_that_fit(options: Options, conversations: Conversations, say: Callable[[str], None]) -> Options:
+    """The options, without workers where the batches they keep ready could fill the memory that processes share."""
+    shared, features, size = Path("/dev/shm"), conversations.features, conversations.vision.image_size
+    if not options.workers or not shared.is_dir():
+        return options
+    most = max(sum(len(round_.images) for round_ in one.rounds) for one in conversations.conversations)
+    each = 2 * math.prod(features.shape) if features else 3 * size ** 2         # bytes of an image
+    ready = options.batch * most * each * options.workers * 2                   # PyTorch's workers prepare two
+    if (free := shutil.disk_usage(shared).free) >= ready:
+        return options
+    say(f"{shared} has {free / 1e6:.1f} MB free, and --workers {options.workers} may need {ready / 1e6:.1f}: "
+        "images are opened between the steps, as with --workers 0. In Docker, --shm-size makes it larger")
+    return replace(options, workers=0)
+
+
+def loader(conversations: Conversations, indices: list[int], options: Options) -> Iterator[list[dict]]:
+    """For each step this rank's packed batches of these conversations in this order, made by worker processes.
+
+    Raises ValueError where these processes end or deliver nothing.
+    """
+    try:
+        yield from DataLoader(conversations, per_rank(options, dist.get_world_size()), sampler=indices,
+                              num_workers=options.workers, collate_fn=partial(pack, positions=options.positions),
+                              worker_init_fn=ignore_signals, pin_memory=torch.cuda.is_available(),
+                              timeout=LOADER_SECONDS if options.workers else 0)
+    except RuntimeError as error:
+        if "DataLoader" not in str(error):
+            raise
+        raise ValueError(f"the processes that open images failed: {str(error).splitlines()[0]} If the memory that "
+                         "processes share, /dev/shm, is full, make it larger (in Docker with --shm-size), or take "
+                         "--workers 0") from error
 
 
 def blank_batch(conversations: Conversations) -> dict:
@@ -92,7 +125,8 @@ def blank_batch(conversations: Conversations) -> dict:
     n, shape = vision.n_queries, features.shape if features else (3, vision.image_size, vision.image_size)
     return collate([{"ids": torch.zeros(n, dtype=torch.long), "kind": torch.full((n,), IMAGE),
                      "labels": torch.full((n,), IGNORE),
-                     "features" if features else "images": torch.zeros(1, *shape)}])
+                     **({"features": torch.zeros(1, *shape).half()} if features else
+                        {"images": torch.zeros(1, *shape, dtype=torch.uint8)})}])
 
 
 def join(batch: dict, other: dict) -> dict:
@@ -142,7 +176,7 @@ def train_step(engine, batches: list[dict], blank: dict) -> tuple[float, int]:
             if "loss scale" not in str(error):
                 raise
             raise ValueError("gradients overflow even at the least loss scale: try --precision bf16 or a lower "
-                             "--lr; the last checkpoint is good") from error
+                             "--lr, into another --out") from error
     dist.all_reduce(mean)
     return mean.item(), int(totals[1])
 
@@ -153,7 +187,7 @@ def evaluate(engine, held_out: Conversations, options: Options) -> tuple[float, 
     engine.eval()
     rank, ranks = dist.get_rank(), dist.get_world_size()
     totals, blank = torch.zeros(4, device=engine.device), blank_batch(held_out)
-    stream = iter(loader(held_out, range(rank, len(held_out), ranks), options))
+    stream = loader(held_out, range(rank, len(held_out), ranks), options)
     for _ in range(math.ceil(math.ceil(len(held_out) / ranks) / per_rank(options, ranks))):
         for batch in alike_on_all_ranks(next(stream, []), blank, engine):
             # Not model(**batch): DeepSpeed 0.19.8's hooks on a call run out of buffers with --offload nvme.
@@ -230,14 +264,18 @@ def save_result(engine, options: Options, config: ModelConfig, rows: list[dict],
     """Write what was trained so far and the curve; to best/, too, if it is that (section 4.3 compares both)."""
     parts, out = trained(engine), Path(options.out)
     if dist.get_rank() == 0:
-        for folder in [out, out / "best"] if is_best else [out]:
-            save(folder, parts, config)
-        draw_curve(rows, out / "loss.png")
+        with writing(out):
+            for folder in [out, out / "best"] if is_best else [out]:
+                save(folder, parts, config)
+            draw_curve(rows, out / "loss.png")
 
 
 def end_epoch(engine, train: Conversations, held_out: Conversations, options: Options, rows: list[dict]) -> str:
-    """Evaluate, note it in the last row and for monitors; returns what to say."""
+    """Evaluate, note it in the last row and for monitors; returns what to say; raises as `checked_step` does."""
     loss, exact = evaluate(engine, held_out, options)
+    if not math.isfinite(loss):
+        raise ValueError(f"validation loss {loss} after step {rows[-1]['step']}: try --precision bf16 or a lower "
+                         "--lr, into another --out")
     rows[-1] |= dict(val_loss=loss, exact_match=exact)
     engine.monitor.write_events([("Validation/loss", loss, engine.global_samples),
                                  ("Validation/exact_match", exact, engine.global_samples)])
@@ -256,7 +294,7 @@ def checked_step(engine, batches: list[dict], blank: dict, options: Options, row
     norm = 0 if options.precision == "fp16" else engine.get_global_grad_norm() or 0
     if not math.isfinite(loss) or not math.isfinite(norm):
         raise ValueError(f"loss {loss}, norm of gradients {norm} at step {row['step']}: try --precision bf16 or a "
-                         "lower --lr; the last checkpoint is good")
+                         "lower --lr, into another --out")
     scale = float(getattr(engine.optimizer, "loss_scale", 1)) if engine.fp16_enabled() else 1.0
     row |= dict(loss=loss, lr=lr, positions=positions, seconds=0, loss_scale=scale, skipped=engine.skipped_steps,
                 val_loss="", exact_match="")
@@ -271,24 +309,25 @@ def fit(engine, train: Conversations, held_out: Conversations, options: Options,
     rank, ranks, out = dist.get_rank(), dist.get_world_size(), Path(options.out)
     rows, blank = read_log(out / "log.csv", progress["step"]), blank_batch(train)
     (out / "checkpoints").mkdir(parents=True, exist_ok=True)
-    started = time.time() - (rows[-1]["seconds"] if rows else 0)
+    started = time.monotonic() - (rows[-1]["seconds"] if rows else 0)
     steps = len(train) // options.batch                         # what fills no batch is left for another epoch
     per_step = per_rank(options, ranks)
 
     def save_progress():
-        if rank == 0:
-            write_csv(rows, out / "log.csv")
-        save_checkpoint(engine, options, progress)
+        with writing(out):
+            if rank == 0:
+                write_csv(rows, out / "log.csv")
+            save_checkpoint(engine, options, progress)
 
     with Stop() as stop, tqdm(total=steps * options.epochs, initial=progress["step"], disable=rank != 0) as bar:
         for epoch in range(progress["step"] // steps + 1, options.epochs + 1):
             done = progress["step"] - (epoch - 1) * steps       # of this epoch, before the run was interrupted
             indices = order(len(train), options.seed, epoch, rank, ranks)
-            stream = iter(loader(train, indices[done * per_step:steps * per_step], options))
+            stream = loader(train, indices[done * per_step:steps * per_step], options)
             for step in range(done + 1, steps + 1):
                 row = dict(step=progress["step"] + 1, epoch=epoch)
                 rows.append(checked_step(engine, next(stream), blank, options, row))
-                rows[-1]["seconds"] = round(time.time() - started, 2)
+                rows[-1]["seconds"] = round(time.monotonic() - started, 2)
                 progress["step"] += 1
                 update_bar(bar, rows, options)
                 stopping = stop.agreed(engine)
@@ -307,50 +346,61 @@ def fit(engine, train: Conversations, held_out: Conversations, options: Options,
     return True
 
 
+def train_model(options: Options, progress: dict | None, say: Callable[[str], None]) -> bool:
+    """From weights and data to a result; returns whether it got to the end, or was asked to stop."""
+    rank, ranks, out, data = dist.get_rank(), dist.get_world_size(), Path(options.out), Path(options.data)
+    if data == DATA and rank == 0:                              # nobody else's folder is drawn into
+        ensure(data)
+    dist.barrier()
+    torch.manual_seed(options.seed)                             # for the first values of the projection
+    config = ModelConfig(options.size, options.attention, options.llama, options.vit)
+    model = build_model(options, config)
+    tokenizer = Tokenizer(towers(config)[0], model.llama.config.vocab_size)
+    train, held_out = load_data(options, config, tokenizer, model)
+    options = workers_that_fit(options, train, say)
+    steps = len(train) // options.batch * options.epochs
+    engine = engine_for(model, options, steps, universal=bool(progress) and progress["ranks"] != ranks)
+    known = identity([*train.conversations, *held_out.conversations])
+    if progress:
+        if progress["data"] != known:
+            raise ValueError(f"{out} was started on other conversations than {data} holds now, or on others of "
+                             "them: go on with the data as it was, or start again, into another --out")
+        load_checkpoint(engine, options, progress)
+    if not fit(engine, train, held_out, options, config,
+               progress or dict(step=0, best=math.inf, saved=[], data=known)):
+        say(f"stopped; the same command with --resume goes on from {out}")
+        return False
+    if rank == 0:
+        remove_checkpoints(options)
+    say(f"{out} holds the result; log.csv and loss.png show how it came about. Talk to it with\n"
+        f"    python chat.py --model {out} examples/a.png examples/b.png")
+    return True
+
+
 def run(options: Options) -> bool:
     """Everything, in order; returns whether it got to the end, or was asked to stop.
 
-    Raises ValueError or FileNotFoundError where options, weights or data do not fit.
+    Raises ValueError or OSError where options, folders, weights or data do not fit.
     """
-    rank, ranks, out, data = dist.get_rank(), dist.get_world_size(), Path(options.out), Path(options.data)
+    rank, ranks, out = dist.get_rank(), dist.get_world_size(), Path(options.out)
     say = print if rank == 0 else lambda line: None
     check_options(options, ranks)
     check_machine(options)
     if options.show_config:
         say(json.dumps(settings_for(options, ranks), indent=2))
         return True
-    progress = latest(options)
-    if options.resume and not progress:
+    with only_run(out) if rank == 0 else nullcontext():         # The launcher ends all ranks where one is refused.
+        progress = latest(options, say)
         if has_ended(options):
-            say(f"{out} holds a run that has ended; without --resume another one begins")
-            return True
-        say(f"{out} holds no checkpoint: the run starts at its beginning")
-    if data == DATA and rank == 0:                              # nobody else's folder is drawn into
-        ensure(data)
-    dist.barrier()
-
-    torch.manual_seed(options.seed)                             # for the first values of the projection
-    config = ModelConfig(options.size, options.attention, options.llama, options.vit)
-    model = build_model(options, config)
-    tokenizer = Tokenizer(towers(config)[0])
-    train, held_out = load_data(options, config, tokenizer, model)
-    steps = len(train) // options.batch * options.epochs
-    engine = engine_for(model, options, steps, universal=bool(progress) and progress["ranks"] != ranks)
-    if progress:
-        if progress["conversations"] != len(train):
-            raise ValueError(f"{out} was started on {progress['conversations']} conversations, now {data} holds "
-                             f"{len(train)}")
-        load_checkpoint(engine, options, progress)
-    if not fit(engine, train, held_out, options, config,
-               progress or dict(step=0, best=math.inf, saved=[], conversations=len(train))):
-        say(f"stopped; the same command with --resume goes on from {out}")
-        return False
-
-    if rank == 0:
-        remove_checkpoints(options)
-    say(f"{out} holds the result; log.csv and loss.png show how it came about. Talk to it with\n"
-        f"    python chat.py --model {out} examples/a.png examples/b.png")
-    return True
+            if options.resume:
+                say(f"{out} holds a run that has ended")
+                return True
+            if not options.overwrite:
+                raise ValueError(f"{out} holds the result of a run that has ended: take another --out, or replace "
+                                 "it with --overwrite")
+        if options.resume and not progress:
+            say(f"{out} holds no checkpoint: the run starts at its beginning")
+        return train_model(options, progress, say)
 
 
 def end_workers():

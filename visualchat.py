@@ -21,8 +21,9 @@ from torch import Tensor, nn
 
 from llama import Cache, Llama
 from mmca import ATTENTION, IMAGE
+from pixels import normalized
 from vit import VisionTransformer
-from weights import check_tensors, find_weights, read_file, read_json, replacing
+from weights import check_numbers, check_tensors, find_weights, read_file, read_json, replacing
 
 IGNORE = -100                   # the label of a position that is no part of an answer and has no loss
 TRAINED, CONFIG = "trained.safetensors", "config.json"      # the two files of a training result
@@ -68,8 +69,8 @@ class VisualChat(nn.Module):
         self.llama.embed_tokens.requires_grad_(True)
 
     def image_tokens(self, images: Tensor) -> Tensor:
-        """Pixels (I, 3, image_size, image_size) to image tokens (I, n_queries, C)."""
-        return self.projection(self.vit(images.to(self.vit.conv1.weight.dtype)))
+        """Pixels (I, 3, image_size, image_size) uint8 to image tokens (I, n_queries, C)."""
+        return self.projection(self.vit(normalized(images, self.vit.conv1.weight.dtype)))
 
     def embed(self, ids: Tensor, kind: Tensor, image_tokens: Tensor) -> Tensor:
         """Embeddings (B, T, C): of words by ids (B, T), and image_tokens (I, n_queries, C) where kind is IMAGE.
@@ -190,6 +191,7 @@ def load_trained(model: VisualChat, tensors: dict[str, Tensor], source: Path):
     trained = {name: p.data for name, p in model.named_parameters() if p.requires_grad}
     check_tensors(trained, tensors, source)
     for name, parameter in trained.items():
+        check_numbers(name, tensors[name], source)
         parameter.copy_(tensors[name])
 
 

@@ -6,25 +6,20 @@ Two things differ from the usual ViT: there is no class token, and q, k and v li
 matrix. Every module has its name in the official checkpoint, under `transformer.visual.`. Before: mmca.py with the
 letters for shapes. Next: visualchat.py.
 """
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from io import BytesIO
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor, nn
 
-from weights import load_strictly, read_json, read_tensors, without_values
+from weights import load_strictly, read_json, read_tensors, sizes, without_values
 
-MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073])[:, None, None]      # CLIP's, over red, green, blue
-STD = torch.tensor([0.26862954, 0.26130258, 0.27577711])[:, None, None]
 PREFIX = "transformer.visual."
 EPS = 1e-6
 HEAD_DIM = 128                  # of the resampler, at every size
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")       # none that starts another program
 IN_CONFIG = ("image_size", "patch_size", "width", "layers", "heads", "output_dim")   # what config.json names
 
 
@@ -40,47 +35,6 @@ class VisionConfig:
     output_dim: int = 4096
     n_queries: int = 256
     grid: int = 16                  # side of the square of learned positions, before it is resized to the patches
-
-
-# ---- an image from a file ----
-
-def read_image(file) -> Image.Image:
-    """An RGB image: the first frame, upright as EXIF says, transparent parts on white, 16 and 32 bits scaled to 8.
-
-    file: a Path, or anything else with `read_bytes()` and a str() that names it, as sources.EncodedImage. Raises
-    FileNotFoundError for no file and ValueError that names it for a damaged, huge or other file.
-    """
-    try:
-        with Image.open(BytesIO(file.read_bytes()), formats=FORMATS) as opened:
-            image = ImageOps.exif_transpose(opened)                         # a copy, of the first frame
-    except FileNotFoundError:
-        raise FileNotFoundError(f"no image {file}") from None
-    except UnidentifiedImageError as error:
-        raise ValueError(f"{file} is no readable image of a format in {', '.join(FORMATS)}") from error
-    except Exception as error:                                  # Pillow's readers raise all kinds for bad files
-        raise ValueError(f"{file} is no readable image: {error}") from error
-    if image.mode.startswith("I") or image.mode == "F":                     # 16 or 32 bits: bring to 0..255
-        values = np.asarray(image, dtype=np.float32)
-        brightest = values.max(initial=0)
-        unit = 1 if image.mode == "F" and brightest <= 1 else 255
-        values = values * (255 / (65535 if image.mode.startswith("I;16") or brightest > 255 else unit))
-        image = Image.fromarray(np.nan_to_num(values).clip(0, 255).astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
-
-
-def to_pixels(image: Image.Image, size: int = 448) -> Tensor:
-    """The encoder's input (3, size, size) float32: the image squeezed to a square, normalized as CLIP does."""
-    square = image.resize((size, size), Image.Resampling.BICUBIC)
-    rgb = torch.from_numpy(np.array(square)).permute(2, 0, 1) / 255         # (3, size, size)
-    return (rgb - MEAN) / STD
-
-
-def load_pixels(file, size: int) -> Tensor:
-    """The encoder's input (3, size, size) from a file; raises as `read_image` does."""
-    return to_pixels(read_image(file), size)
 
 
 # ---- parts ----
@@ -199,12 +153,18 @@ def read_vision_config(path: Path, tensors: dict[str, Tensor]) -> VisionConfig:
     if not isinstance(visual, dict):
         raise ValueError(f"{path} has no `visual` section: is this a QWen-VL folder?")
     try:
-        return VisionConfig(**{name: visual[name] for name in IN_CONFIG},
-                            n_queries=tensors["attn_pool.query"].shape[0],
-                            mlp_width=tensors["transformer.resblocks.0.mlp.c_fc.weight"].shape[0],
-                            grid=round(tensors["positional_embedding"].shape[0] ** 0.5))
-    except KeyError as error:
+        found = {name: visual[name] for name in IN_CONFIG} | {
+            "n_queries": tensors["attn_pool.query"].shape[0],
+            "mlp_width": tensors["transformer.resblocks.0.mlp.c_fc.weight"].shape[0],
+            "grid": round(tensors["positional_embedding"].shape[0] ** 0.5)}
+    except (KeyError, IndexError) as error:
         raise ValueError(f"{path.parent} is no QWen-VL folder: {error} is missing in it") from error
+    config = sizes(VisionConfig, found, path)
+    if (config.image_size % config.patch_size or config.width % config.heads or config.output_dim % HEAD_DIM or
+            config.n_queries != math.isqrt(config.n_queries) ** 2):
+        raise ValueError(f"{path} has sizes that do not divide each other: expected whole patches, equal heads, an "
+                         f"output_dim that {HEAD_DIM} divides and a square of queries; found {config}")
+    return config
 
 
 class VisionTransformer(nn.Module):
@@ -219,7 +179,7 @@ class VisionTransformer(nn.Module):
         self.ln_post = nn.LayerNorm(config.output_dim, eps=EPS)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Pixels (I, 3, image_size, image_size) to features (I, n_queries, output_dim)."""
+        """Normalized pixels (I, 3, image_size, image_size) to features (I, n_queries, output_dim)."""
         x = self.conv1(images).flatten(2).mT                                # (I, P, C)
         x = self.ln_pre(x + resized(self.positional_embedding, x.shape[1]))
         return self.ln_post(self.attn_pool(self.transformer(x)))

@@ -3,18 +3,21 @@
     find_weights ─► shards that the index names ─► read_file, memory-mapped ─► check_tensors ─► module
 
 Nothing that is read here can run code: pickles are opened with `weights_only=True`. Nothing is loaded by halves:
-every name and every shape must fit. The three helpers at the top serve all other files.
+every name and every shape must fit, and every value be a number. The helpers at the top serve all other files.
 Side room of llama.py and vit.py, which say what their folders hold.
 """
 import json
+import math
 import os
-import pickle
+import pickletools
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -53,29 +56,28 @@ def read_json(path: Path, expected: type = dict):
     return found
 
 
-# ---- where weights lie ----
+def sizes(kind: type, found: dict, source: Path):
+    """The dataclass `kind`, whose fields are all int or float, from what a configuration says.
 
-def find_weights(repository: str) -> Path:
-    """The folder with the weights of a repository such as Qwen/Qwen-VL.
-
-    It is `weights/<name>` in the working folder or beside this file, or else the newest snapshot in the cache of
-    Hugging Face's programs. Raises FileNotFoundError with these folders and the command that gets the weights.
+    Raises ValueError where a value is absent that has no default, or is none that a model could have: a whole
+    number from 1 to 2²⁰, at most 1,000 layers, where the field is an int, else a finite number above 0.
     """
-    name = repository if repository.startswith("tiny/") else Path(repository).name
-    local, beside = Path("weights") / name, HERE / "weights" / name
-    home = Path(os.environ.get("HF_HOME", Path.home() / ".cache/huggingface"))
-    hub = Path(os.environ.get("HF_HUB_CACHE", home / "hub"))
-    cached = hub / f"models--{repository.replace('/', '--')}" / "snapshots"
-    for folder in (local, beside, *sorted(cached.glob("*"), key=os.path.getmtime, reverse=True)):
-        if (folder / "config.json").exists():
-            return folder
-    # LLaMA's repositories hold the weights in two formats; one is enough.
-    once = " --exclude '*.bin'" if "Llama" in repository else ""
-    how = ("python -m tiny.pretrain" if repository.startswith("tiny/") else
-           f"hf download {repository}{once} --local-dir {local}   (its license may have to be accepted first)")
-    raise FileNotFoundError(f"no weights of {repository}: looked for {local.absolute()}, {beside} and {cached}. "
-                            f"Get them with\n    {how}")
+    bad = []
+    for field in fields(kind):
+        value, most = found.get(field.name), 1000 if "layers" in field.name else 2 ** 20
+        if field.name in found and not (type(value) in (int, field.type) and 0 < value < math.inf
+                                        and (field.type is float or value <= most)):
+            bad.append(f"{field.name} {value!r}")
+    if bad:
+        raise ValueError(f"{source} has {', '.join(bad)}, expected positive numbers, whole and not huge ones for "
+                         "sizes")
+    try:
+        return kind(**{field.name: found[field.name] for field in fields(kind) if field.name in found})
+    except TypeError as error:
+        raise ValueError(f"{source} lacks a size: {error}") from error
 
+
+# ---- where weights lie ----
 
 def shards(folder: Path, prefix: str) -> list[Path]:
     """The weight files of a folder that hold tensors whose names start with `prefix`, as the folder's index says.
@@ -101,24 +103,84 @@ def shards(folder: Path, prefix: str) -> list[Path]:
                             f"index; found: {found}")
 
 
+def is_whole(folder: Path) -> bool:
+    """Whether a folder holds a tower with all its files, or a training result. Of a Qwen-VL, the encoder is enough."""
+    if not (folder / "config.json").exists():
+        return False
+    try:
+        return bool((folder / "trained.safetensors").exists() or shards(folder, "transformer.visual.") or
+                    shards(folder, ""))
+    except (OSError, ValueError):
+        return False
+
+
+def find_weights(repository: str) -> Path:
+    """The folder with the weights of a repository such as Qwen/Qwen-VL.
+
+    It is `weights/<name>` in the working folder or beside this file, or else the newest snapshot in the cache of
+    Hugging Face's programs; the first one that lacks no file. Raises FileNotFoundError with these folders and the
+    command that gets the weights.
+    """
+    name = repository if repository.startswith("tiny/") else Path(repository).name
+    local, beside = Path("weights") / name, HERE / "weights" / name
+    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    hub = os.environ.get("HF_HUB_CACHE") or os.path.join(os.environ.get("HF_HOME") or f"{cache}/huggingface", "hub")
+    cached = Path(hub).expanduser() / f"models--{repository.replace('/', '--')}" / "snapshots"
+    folders = local, beside, *sorted(cached.glob("*"), key=os.path.getmtime, reverse=True)
+    if whole := [folder for folder in folders if is_whole(folder)]:
+        return whole[0]
+    begun = "".join(f"; {folder.absolute()} is not complete" for folder in folders if folder.exists())
+    # LLaMA's repositories hold the weights in two formats; one is enough.
+    once = " --exclude '*.bin'" if "Llama" in repository else ""
+    how = ("python -m tiny.pretrain" if repository.startswith("tiny/") else
+           f"hf download {repository}{once} --local-dir {local}   (its license may have to be accepted first)")
+    raise FileNotFoundError(f"no weights of {repository}: looked for {local.absolute()}, {beside} and {cached}"
+                            f"{begun}. Get them with\n    {how}")
+
+
 # ---- reading and checking ----
+
+# What `torch.save` writes of a table of tensors needs no other functions and classes than these.
+IN_PICKLES = {"collections OrderedDict", "torch._utils _rebuild_tensor_v2", "torch._utils _rebuild_parameter",
+              "torch FloatStorage", "torch HalfStorage", "torch BFloat16Storage", "torch DoubleStorage"}
+
+
+def check_pickle(path: Path):
+    """Raises ValueError where a pickle is more than a table of tensors.
+
+    `weights_only=True` keeps a pickle from running code, but lets a few bytes ask for any amount of memory, as in
+    bytearray(10 ** 10). So its names are read before it is.
+    """
+    with zipfile.ZipFile(path) as archive:
+        table, = (file for file in archive.infolist() if file.filename.endswith("/data.pkl"))
+        if table.file_size > path.stat().st_size:
+            raise ValueError("it was compressed")
+        for code, argument, _ in pickletools.genops(archive.read(table)):
+            if code.name in ("INST", "STACK_GLOBAL", "EXT1", "EXT2", "EXT4") or (
+                    code.name == "GLOBAL" and argument not in IN_PICKLES):
+                raise ValueError(f"it names {argument or code.name}")
+
 
 def read_file(path: Path, prefix: str = "") -> dict[str, Tensor]:
     """The tensors of a file whose names start with `prefix`, by name.
 
     They are memory-mapped: their bytes are read from the disk when somebody copies them. Raises ValueError where
-    the file is damaged or a pickle holds anything but tensors.
+    the file is damaged or a pickle holds anything but tensors, and FileNotFoundError where there is none.
     """
+    if not path.is_file():
+        raise FileNotFoundError(f"no file {path}")
     try:
         if path.suffix == ".safetensors":
             with safe_open(path, "pt") as file:
                 return {name: file.get_tensor(name) for name in file.keys() if name.startswith(prefix)}
+        check_pickle(path)
         pickled = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         if not all(isinstance(tensor, Tensor) for tensor in pickled.values()):
-            raise TypeError
+            raise ValueError("not all of it is tensors")
         return {name: tensor for name, tensor in pickled.items() if name.startswith(prefix)}
-    except (SafetensorError, RuntimeError, pickle.UnpicklingError, AttributeError, TypeError) as error:
-        raise ValueError(f"{path} is damaged or holds no tensors, get it again: {type(error).__name__}") from error
+    except Exception as error:                      # damaged files make readers of pickles raise errors of all kinds
+        reason = printable(f"{type(error).__name__} {error}".splitlines()[0][:200])
+        raise ValueError(f"{path} is damaged or holds no tensors, get it again: {reason}") from error
 
 
 def read_tensors(folder: Path, prefix: str) -> Iterator[tuple[str, Tensor]]:
@@ -128,15 +190,24 @@ def read_tensors(folder: Path, prefix: str) -> Iterator[tuple[str, Tensor]]:
 
 
 def check_tensors(expected: dict[str, Tensor], found: dict[str, Tensor], source: Path):
-    """Raises ValueError with the missing, unexpected and wrongly shaped tensors, if there are any."""
+    """Raises ValueError with the missing, unexpected and wrong tensors: of another shape, sparse, or no floats."""
     wrong = [f"missing {name} {tuple(t.shape)}" for name, t in expected.items() if name not in found]
     wrong += [f"unexpected {name} {tuple(t.shape)}" for name, t in found.items() if name not in expected]
     wrong += [f"{name} is {tuple(found[name].shape)}, expected {tuple(t.shape)}"
               for name, t in expected.items() if name in found and found[name].shape != t.shape]
+    wrong += [f"{name} is {t.dtype}, {t.layout} on {t.device.type}, expected dense floating-point values"
+              for name, t in found.items()
+              if not t.is_floating_point() or t.layout is not torch.strided or t.is_meta]
     if wrong:
         more = f" (and {len(wrong) - 6} more)" if len(wrong) > 6 else ""
         raise ValueError(f"{source} does not fit the model: {'; '.join(wrong[:6])}{more}. "
                          "Is it of another size, or damaged?")
+
+
+def check_numbers(name: str, tensor: Tensor, source: Path):
+    """Raises ValueError where a tensor holds a NaN or an infinite value."""
+    if not tensor.isfinite().all():
+        raise ValueError(f"{source}: {name} holds values that are no finite numbers, get it again")
 
 
 class SkipRandomValues(TorchFunctionMode):
@@ -166,4 +237,7 @@ def load_strictly(module: nn.Module, tensors: dict[str, Tensor], source: Path, d
     Without a dtype they keep the one of the file.
     """
     check_tensors(module.state_dict(), tensors, source)
-    module.load_state_dict({name: t.to(device, dtype) for name, t in tensors.items()}, assign=True)
+    placed = {name: t.to(device, dtype) for name, t in tensors.items()}
+    for name, tensor in placed.items() if torch.device(device).type != "meta" else ():
+        check_numbers(name, tensor, source)
+    module.load_state_dict(placed, assign=True)

@@ -33,7 +33,7 @@ from recipe import Options, share_of_rate
 from sources import SOURCES, dataset_names
 from visualchat import ModelConfig, VisualChat, build, readable, towers
 from vit import VisionConfig, VisionTransformer, read_vision_config
-from weights import read_json, without_values
+from weights import check_numbers, read_json, without_values
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -219,9 +219,11 @@ def build_shared_out(config: ModelConfig, settings: dict) -> VisualChat:
             if part.final_location is not None:                 # It is on a drive: DeepSpeed must fetch it first.
                 with deepspeed.zero.GatheredParameters([parameters[name]], modifier_rank=0):
                     if rank == 0:
+                        check_numbers(name, tensor, folder)
                         parameters[name].data.copy_(tensor)
             else:
                 own = tensor.flatten()[rank * part.numel():][:part.numel()]
+                check_numbers(name, own, folder)
                 part.data.flatten()[:len(own)].copy_(own)
     with deepspeed.zero.GatheredParameters([model.llama.embed_tokens.weight, *model.projection.parameters()],
                                            modifier_rank=0):

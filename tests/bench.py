@@ -7,6 +7,7 @@
     python tests/bench.py packing     packed conversations against padded ones, all nine datasets of the tiny world
     python tests/bench.py two_softmaxes   how much longer the second softmax makes the residual stream of --model
     python tests/bench.py images      memory: one image out of a 2 GB JSON file of base64 texts
+    python tests/bench.py worst       memory and time: opening images that are as large as vit.py takes, or larger
     python tests/bench.py features    time: a training step on kept features against one that runs the ViT
     python tests/bench.py loading     memory and time: two ZeRO-3 ranks load a random LLaMA of a billion parameters
     python tests/bench.py plan        memory of a training step of that model against what --plan predicts
@@ -19,7 +20,6 @@ import base64
 import json
 import os
 import random
-import resource
 import subprocess
 import sys
 import tempfile
@@ -45,10 +45,11 @@ from data import Conversations, Round, collate, encode, encode_round, pack, to_t
 from decode import compile_step, with_short_weights
 from llama import LLAMA_2, Cache, Llama, LlamaConfig, Tokenizer, read_llama_config
 from mmca import IMAGE, TEXT, compact_attention, mmca, separate
+from pixels import load_pixels
 from sources import COCO, DIALOGUE, Reader, encoded_images, llava, read_datasets
 from tiny import world
 from tiny.pretrain import VIT
-from vit import VisionConfig, VisionTransformer, load_pixels
+from vit import VisionConfig, VisionTransformer
 from visualchat import IGNORE, ModelConfig, VisualChat, build, load, towers
 
 
@@ -451,14 +452,38 @@ def images(gigabytes: float = 2):
 
 
 def peak(step: str, file: Path):
-    """Do one step and print this process's peak resident memory, in MB of 1,000,000 bytes, and the time taken."""
-    started = time.perf_counter()
-    if step != "import":
+    """Do one step and print how much its peak of resident memory is beyond the bare process, in MB of 1,000,000
+    bytes, and the time taken."""
+    before, started, said = resident()[0], time.perf_counter(), ""
+    if step == "open":
+        try:
+            load_pixels(file, 448)
+        except ValueError as error:
+            said = str(error).partition(": ")[0].replace(str(file), ": it")
+    elif step != "import":
         found = encoded_images(file)
     if step == "read":
         load_pixels(list(found.values())[-1], 448)
-    print(f"{step:6}  peak {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6:.0f} MB, "
-          f"{time.perf_counter() - started:.2f} s")
+    print(f"{file.name if step == 'open' else step:22}  {resident()[1] - before:4.0f} MB, "
+          f"{time.perf_counter() - started:.2f} s{said}", flush=True)
+
+
+def worst():
+    """Peak memory, beyond the bare process, and time to open large images of many formats, each in a process."""
+    width = 8944                                                # squared a little less than 80,000,000
+    with tempfile.TemporaryDirectory() as folder:
+        for name, mode, side, more in (
+                ("rgb.png", "RGB", width, {}), ("rgba.png", "RGBA", width, {}), ("palette.png", "P", width, {}),
+                ("16_bits.png", "I;16", width, {}), ("32_bits.tiff", "I", width, {"compression": "tiff_lzw"}),
+                ("float.tiff", "F", width, {"compression": "tiff_lzw"}), ("too_large.tiff", "I", 13300, {
+                    "compression": "tiff_lzw"}), ("progressive.jpg", "RGB", width, {"progressive": True}),
+                ("cmyk.jpg", "CMYK", width, {}), ("lossless.webp", "RGB", 5650, {"lossless": True, "method": 0}),
+                ("rgba.webp", "RGBA", 5650, {"lossless": True, "method": 0}), ("frames.gif", "P", width, {}),
+                ("raw.ppm", "RGB", 5700, {}), ("raw.bmp", "RGB", 5700, {})):
+            file = Path(folder) / name
+            Image.new(mode, (side, side)).save(file, **more)
+            subprocess.run([sys.executable, __file__, "peak", "--step", "open", "--file", str(file)], check=True)
+            file.unlink()
 
 
 def features():
@@ -562,7 +587,7 @@ def rank(folder: Path, step: str):
     labels = torch.randint(0, llama.vocab_size, (rows, length))
     labels[:, :length * 2 // 3] = IGNORE
     batch = dict(ids=torch.randint(0, llama.vocab_size, (rows, length)), kind=kind, labels=labels,
-                 lengths=[length] * rows, images=torch.randn(rows * n_images, 3, VIT.image_size, VIT.image_size))
+                 lengths=[length] * rows, images=torch.zeros(rows * n_images, 3, *[VIT.image_size] * 2).byte())
     for _ in range(2):
         train.train_step(engine, [batch], blank={})             # both ranks have one batch, with images
     predicted = zero.memory(options, llama, VIT, 2)
@@ -578,7 +603,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     with_options = {"attention": attention, "step": step, "decode": decode, "chat": chat, "packing": packing,
                     "two_softmaxes": two_softmaxes, "memory": memory}
-    without = {"images": images, "features": features, "loading": loading, "plan": plan}
+    without = {"images": images, "worst": worst, "features": features, "loading": loading, "plan": plan}
     parser.add_argument("what", choices=[*with_options, *without, "peak", "rank"])
     parser.add_argument("--precision", choices=list(DTYPES), default="fp32")
     parser.add_argument("--size", choices=list(LLAMA_2), help="random weights of this size, not of a small model")

@@ -2,6 +2,7 @@
 import io
 import os
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -17,8 +18,8 @@ from chat import HELP, Chat, converse, newest, parse
 from data import Round, encode_round
 from llama import Cache
 from mmca import IMAGE, TEXT
+from pixels import load_pixels
 from visualchat import TRAINED, save
-from vit import load_pixels
 
 ROOT = Path(__file__).parent.parent
 
@@ -218,7 +219,8 @@ def test_a_bad_line_is_explained_and_the_conversation_goes_on(chat, image_files,
     chat.again = lambda: begun.append(again()) or begun[-1]
     converse(chat, [a])
     out = capsys.readouterr().out
-    for text in (f"no image {tmp_path}/none.png", "bad.png is no readable image", f"image 2: {b}"):
+    for text in (f"no image {tmp_path}/none.png", "bad.png is no readable image", f"image 2: {b}",
+                 "a new conversation without images"):
         assert text in out
     assert chat.kind.count(IMAGE) == 8 and chat.ids.count(1) == 2
     assert [new.ids.count(1) for new in begun] == [1] and begun[0].n_images == 0
@@ -248,10 +250,41 @@ def test_an_image_joins_once_even_if_it_cannot_be_kept(chat, image_files, monkey
     assert chat.ids.count(chat.tokenizer.bos) == 2              # two rounds, each begins with one
 
 
+def test_a_waiting_image_that_is_gone_spoils_one_line_alone(chat, tmp_path, monkeypatch, capsys):
+    generate = chat.model.generate
+    chat.model.generate = lambda *args: islice(generate(*args), 3)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("What is it?\nAnd now?\n"))
+    assert not converse(chat, [tmp_path / "gone.png"])
+    assert capsys.readouterr().out.count(f"no image {tmp_path}/gone.png") == 1
+    assert chat.n_images == 0 and chat.ids.count(chat.tokenizer.bos) == 1
+
+
+def test_no_name_and_no_answer_commands_the_terminal(chat, image_files, tmp_path, monkeypatch, capsys):
+    strange = tmp_path / "a\x1b[2Jb.png"
+    shutil.copy(image_files[0], strange)
+    monkeypatch.setattr(chat, "ask", lambda *_: iter(["yes\n\x1b]0;", "title\x07 \x9b"]))
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"{strange} What is it?\n{tmp_path}/\x1b[1m.png ?\n"))
+    converse(chat, [])
+    out = capsys.readouterr().out
+    assert "\\x1b[2J" in out and "\\x1b]0;title\\x07 \\x9b" in out and "no image" in out
+    assert not {"\x1b", "\x07", "\x9b"} & set(out)
+
+
+@pytest.mark.parametrize("lines, status", [("What is it?\n", 0), ("none.png ?\nWhat is it?\n", 1)])
+def test_a_bad_line_from_another_program_shows_in_the_exit_status(overfitted, config, tmp_path, monkeypatch, lines,
+                                                                  status):
+    save(tmp_path / "run", {name: p for name, p in overfitted[2].named_parameters() if p.requires_grad}, config)
+    monkeypatch.setattr(sys, "argv", ["chat.py", "--model", str(tmp_path / "run")])
+    monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
+    with pytest.raises(SystemExit) as end:
+        program.main()
+    assert int(end.value.code) == status
+
+
 @pytest.mark.parametrize("given, said", [
     (["--temperature", "-1"], "0 or more"), (["--temperature", "inf"], "0 or more"),
     (["--top-p", "0"], "at most 1"), (["--top-p", "0.5"], "does nothing without --temperature"),
-    (["--keep", str(ROOT / "README.md")], "--keep"),
+    (["--keep", str(ROOT / "README.md")], "--keep"), (["--question", " "], "--question: an empty one"),
     ([str(ROOT / "none.png"), "--question", "?"], "no image")])
 def test_a_bad_setting_ends_the_program_with_a_line(overfitted, config, tmp_path, monkeypatch, capsys, given,
                                                            said):

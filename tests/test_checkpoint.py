@@ -3,16 +3,22 @@ import csv
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 
-from checkpoint import Stop, latest
+from checkpoint import PROGRESS, SAME, Stop, digest_of, digests, identity, latest, only_run, writing
+from data import Conversation, Round
 from recipe import Options
-from training import ROOT, SCRIPT, at, begin, finish, wait_for
+from training import ROOT, SCRIPT, at, at_once, begin, finish, wait_for
+from visualchat import TEMPLATE
 
 
 def test_a_run_killed_five_times_ends_with_the_same_bits_as_one_that_was_not(world):
@@ -40,8 +46,8 @@ def test_a_run_killed_five_times_ends_with_the_same_bits_as_one_that_was_not(wor
                                                                        for row in logs[1]]
 
 
-@pytest.mark.parametrize("before, after, number, zero", [(2, 1, signal.SIGTERM, 3), (1, 2, signal.SIGINT, 2)])
-def test_a_stopped_run_goes_on_with_another_number_of_ranks(world, before, after, number, zero):
+def stop_and_go_on(world, before: int, after: int, number: int, zero: int):
+    """Stop a run of `before` ranks with a signal, resume it with `after`, compare with one that was not."""
     slower = ["--embedding-lr", "5e-5", "--zero", str(zero)]    # so that the two groups of parameters differ
     whole = begin(world, f"out/unstopped-{before}", *slower)
     out = f"out/{before}-to-{after}"
@@ -62,6 +68,11 @@ def test_a_stopped_run_goes_on_with_another_number_of_ranks(world, before, after
     assert found == pytest.approx(reference, abs=1e-3)
 
 
+def test_a_stopped_run_goes_on_with_another_number_of_ranks(world):
+    at_once(lambda: stop_and_go_on(world, 2, 1, signal.SIGTERM, zero=3),
+            lambda: stop_and_go_on(world, 1, 2, signal.SIGINT, zero=2))
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signals_are_noted_while_steps_are_made_and_end_the_process_before_and_after(number):
     before = signal.getsignal(number)
@@ -72,10 +83,12 @@ def test_signals_are_noted_while_steps_are_made_and_end_the_process_before_and_a
     assert signal.getsignal(number) == before
 
 
-def test_a_run_that_has_ended_is_not_begun_again_by_resuming(world, reference):
+def test_a_run_that_has_ended_is_not_begun_again_and_its_result_stays(world, reference):
     kept = {file: file.stat().st_mtime_ns for file in (world / "out/reference").rglob("*")}
-    printed = finish(begin(world, "out/reference", "--resume"))
-    assert "out/reference holds a run that has ended" in printed
+    resumed, again = begin(world, "out/reference", "--resume"), begin(world, "out/reference")
+    assert "out/reference holds a run that has ended" in finish(resumed)
+    assert "take another --out, or replace it with --overwrite" in again.communicate(timeout=120)[0]
+    assert again.returncode == 1
     assert {file: file.stat().st_mtime_ns for file in (world / "out/reference").rglob("*")} == kept
 
 
@@ -102,14 +115,103 @@ def test_a_run_with_other_options_is_not_resumed(world):
     run.wait()
     run = begin(world, "out/other-options", "--resume", "--seed", "5", "--batch", "8")
     assert "was started with seed 0, now it is 5; " in run.communicate(timeout=120)[0] and run.returncode != 0
+    other = world / "data/other"                                # as many conversations, in another order
+    shutil.copytree(world / "data/tiny", other)
+    records = json.loads((other / "llava/conversation_58k.json").read_text())
+    (other / "llava/conversation_58k.json").write_text(json.dumps(records[::-1]))
+    run = begin(world, "out/other-options", "--resume", "--skip-bad", "--data", str(other))
+    assert "was started on other conversations than" in run.communicate(timeout=120)[0] and run.returncode != 0
 
 
 def test_a_run_of_another_prompt_template_is_not_resumed(tmp_path):
     folder = tmp_path / "checkpoints"
     (folder / "step-00000002").mkdir(parents=True)
-    (folder / "latest").write_text("step-00000002")
     for progress in ({"step": 2}, {"step": 2, "template": 3}):
         (folder / "step-00000002/progress.json").write_text(json.dumps(progress))
         with pytest.raises(ValueError, match="was started with version [13] of the prompt template, and data.py "
                                              "has version 2: delete"):
             latest(Options(out=str(tmp_path), resume=True))
+
+
+def write_checkpoint(out: Path, step: int) -> Path:
+    """A checkpoint as `save_checkpoint` leaves it, with two files in place of DeepSpeed's."""
+    folder, options = out / f"checkpoints/step-{step:08d}", Options(out=str(out))
+    folder.mkdir(parents=True)
+    for name in ("moments.pt", "masters.pt"):
+        (folder / name).write_bytes(f"{name} {step}".encode() * 100)
+    state = {"step": step, "saved": [step], "ranks": 1, "template": TEMPLATE, "files": digests(folder),
+             "options": {name: getattr(options, name) for name in SAME}}
+    (folder / PROGRESS).write_text(json.dumps(state | {"digest": digest_of(state)}, indent=1))
+    return folder
+
+
+def spoilt(file: Path, how: str):
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    {"removed": file.unlink, "truncated": lambda: file.write_bytes(content[:-1]),
+     "flipped": lambda: file.write_bytes(content)}[how]()
+
+
+@pytest.mark.parametrize("how", ["removed", "truncated", "flipped"])
+@pytest.mark.parametrize("name", ["moments.pt", "masters.pt", PROGRESS])
+def test_of_a_damaged_checkpoint_and_a_whole_one_the_whole_one_is_taken_and_that_is_said(tmp_path, name, how):
+    write_checkpoint(tmp_path, 2)
+    spoilt(write_checkpoint(tmp_path, 4) / name, how)
+    options, said = Options(out=str(tmp_path), resume=True), []
+    assert latest(options, said.append)["step"] == 2
+    if (name, how) == (PROGRESS, "removed"):
+        assert not said                                         # a kill leaves such folders
+    else:
+        assert len(said) == 1 and said[0].startswith(f"{tmp_path}/checkpoints/step-00000004 is left out: ")
+        assert name in said[0]
+    spoilt(tmp_path / "checkpoints/step-00000002/masters.pt", "flipped")
+    with pytest.raises(ValueError, match="no checkpoint in .* is whole: delete it to start again"):
+        latest(options, said.append)
+
+
+def test_one_run_at_a_time_writes_into_a_folder_and_a_crash_lets_the_next_one_in(tmp_path):
+    code = (f"import sys; from pathlib import Path; from checkpoint import only_run\n"
+            f"with only_run(Path({str(tmp_path)!r})): print('in', flush=True); sys.stdin.read()")
+    settings = {**os.environ, "PYTHONPATH": str(ROOT)}
+    run = subprocess.Popen([sys.executable, "-c", code], env=settings, text=True, stdin=subprocess.PIPE,
+                           stdout=subprocess.PIPE)
+    while run.stdout.readline() != "in\n":                      # DeepSpeed says which accelerator it takes
+        assert run.poll() is None
+    with pytest.raises(ValueError, match=f"another run writes into {tmp_path}"), only_run(tmp_path):
+        pass
+    run.kill()
+    run.wait()
+    with only_run(tmp_path):
+        pass
+
+
+def test_what_cannot_be_written_names_its_folder(tmp_path):
+    for error in (OSError(28, "No space left on device"), RuntimeError("unexpected pos 64 vs 0\nmore"),
+                  SafetensorError("I/O error")):
+        with pytest.raises(OSError, match=f"could not write into {tmp_path}: .*{str(error).splitlines()[0][-9:]}. "
+                                          "Make room there, or make it writable, and go on with --resume"):
+            with writing(tmp_path):
+                raise error
+
+
+def test_the_identity_of_data_is_its_words_images_and_order():
+    def of(*rounds):
+        return identity([Conversation("any", [one]) for one in rounds])
+
+    a, b = Round((Path("x/1.jpg"),), "What?", "This."), Round((), "What?", "This.")
+    assert of(a, b) == of(replace(a, images=(Path("elsewhere/1.jpg"),)), b)
+    others = [of(b, a), of(a), of(a, replace(b, answer="That.")), of(a, replace(b, question="Who?")),
+              of(replace(a, images=(Path("x/2.jpg"),)), b)]
+    assert len({of(a, b), *others}) == 6
+
+
+def test_a_second_signal_three_seconds_later_ends_the_process():
+    code = ("import os, signal, time; from checkpoint import Stop\n"
+            "with Stop() as stop:\n"
+            "    os.kill(os.getpid(), signal.SIGTERM); os.kill(os.getpid(), signal.SIGTERM)\n"
+            "    print('asked', stop.asked, flush=True)\n"
+            "    stop.since -= 3.1\n"
+            "    os.kill(os.getpid(), signal.SIGTERM); print('deaf')")
+    done = subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(ROOT)}, text=True,
+                          capture_output=True)
+    assert done.returncode == -signal.SIGTERM and done.stdout.endswith("asked True\n")

@@ -238,6 +238,9 @@ def test_the_rope_base_is_read(llama_folder, config):
 
 @pytest.mark.parametrize("config, message", [
     ({"hidden_size": "48"}, "hidden_size '48'"), ({"num_attention_heads": 0}, "num_attention_heads 0"),
+    ({"hidden_size": 48.0}, "hidden_size 48.0"), ({"num_hidden_layers": True}, "num_hidden_layers True"),
+    ({"num_hidden_layers": 10 ** 6}, "num_hidden_layers 1000000"), ({"vocab_size": [50]}, r"vocab_size \[50\]"),
+    ({"rms_norm_eps": float("nan")}, "rms_norm_eps nan"), ({"rope_theta": float("inf")}, "rope_theta inf"),
     ({"rope_parameters": [1]}, None)])
 def test_a_config_holds_positive_numbers(llama_folder, config, message):
     path = llama_folder(config=config)
@@ -246,6 +249,13 @@ def test_a_config_holds_positive_numbers(llama_folder, config, message):
     else:
         with pytest.raises(ValueError, match=f"config.json has {message}, expected positive"):
             Llama.from_pretrained(path)
+
+
+@pytest.mark.parametrize("config", [{"num_attention_heads": 5}, {"num_key_value_heads": 3},
+                                    {"num_attention_heads": 16, "num_key_value_heads": 16}])
+def test_heads_divide_the_width(llama_folder, config):
+    with pytest.raises(ValueError, match="do not divide hidden_size 48 into parts of equal, even width"):
+        Llama.from_pretrained(llama_folder(config=config))
 
 
 # ---- text ----

@@ -13,9 +13,9 @@ from PIL import Image
 
 import sources
 from data import Conversation, Round
+from pixels import load_pixels, read_image
 from sources import (MIXTURES, SOURCES, TAGS, dataset_names, encoded_images, n_sharing, parquet_texts,
                      read_datasets, related, scan)
-from vit import load_pixels, read_image
 
 # ---- published records ----
 

@@ -12,6 +12,7 @@ from transformers import LlamaForCausalLM
 from data import Round, encode
 from llama import Llama, Tokenizer
 from mmca import IMAGE
+from pixels import normalized
 from tiny import pretrain
 from tiny.wording import TOPICS
 from tiny.world import ALL_SCENES, VALUES, dialogue
@@ -140,10 +141,10 @@ def test_the_losses_of_pre_training_fall_and_its_folders_load(tmp_path, small, m
         f"LLaMA, {name}, written scenes, {shown} shown" for name in ("mmca", "causal")
         for shown in ("no or one", "two or three", "four to eight")]
     assert VisionTransformer.from_pretrained(tmp_path / "vit").config == pretrain.VIT
-    assert Llama.from_pretrained(tmp_path / "llama").config.vocab_size == 648
+    assert Llama.from_pretrained(tmp_path / "llama").config.vocab_size == 787
     # The path that it was trained for stands in the file, and is the only difference.
     made, shipped = (Tokenizer(folder / "llama").model for folder in (tmp_path, WEIGHTS))
-    assert [made.id_to_piece(i) for i in range(648)] == [shipped.id_to_piece(i) for i in range(648)]
+    assert [made.id_to_piece(i) for i in range(787)] == [shipped.id_to_piece(i) for i in range(787)]
 
 
 def test_pre_training_that_is_interrupted_goes_on_as_if_it_had_not_been(tmp_path, monkeypatch):
@@ -193,7 +194,7 @@ def test_a_linear_probe_reads_all_attributes_from_the_shipped_vit():
     vit = VisionTransformer.from_pretrained(WEIGHTS / "vit", torch.float32)
     right = []
     with torch.no_grad():
-        (known, wanted), (fresh, answers) = ((vit(images), values) for images, values
+        (known, wanted), (fresh, answers) = ((vit(normalized(images)), values) for images, values
                                              in (pretrain.drawn(1200, 11), pretrain.drawn(400, 12)))
     first, n = torch.tensor([0, *accumulate(pretrain.N_VALUES)]), len(VALUES)
     x, y = (torch.cat((features, torch.ones(len(features), 4, 1)), dim=2) for features in (known, fresh))

@@ -7,12 +7,12 @@ import pytest
 from tiny.pretrain import named_image
 from tiny.wording import (ABOUT_ONE, BEFORE, COMPARING, NOUNS, ORDINALS, PHRASES, THINGS, TOPICS, UNSEEN_BEFORE,
                           UNSEEN_PHRASES, UNSEEN_THINGS, Ask, Wording, name_of)
-from tiny.world import SEEN, VALUES, dialogue
+from tiny.world import SEEN, VALUES, dialogue, is_clear
 
 
 def asks(topic: str):
     """One question of each kind of a topic."""
-    images = (0, 2) if topic in ("same", "changed") else () if topic in ("any", "which") else (2,)
+    images = (0, 2) if topic in ("same", "changed", "all") else () if topic in ("any", "which") else (2,)
     about = ["size", "place"] if topic == "same" else VALUES if topic in ("is", "any", "which") else [""]
     return [Ask(topic, images, value) for value in about]
 
@@ -76,6 +76,14 @@ def test_it_is_used_only_where_it_is_clear():
     assert all("image 1" in text for text in long)
 
 
+def test_questions_without_names_are_about_the_image_shown_alone_both_or_all_shown_together():
+    for topic, images, n_shown, alone, clear in (
+            ("color", (1,), 2, True, True), ("color", (0,), 2, True, False), ("color", (1,), 2, False, False),
+            ("same", (1, 0), 2, False, True), ("changed", (0, 2), 3, False, False), ("same", (0, 2), 3, False, False),
+            ("all", (0, 1), 2, False, True), ("all", (0, 1), 2, True, False), ("color", (5,), 0, False, True)):
+        assert is_clear(Ask(topic, images), n_shown, alone) == clear, (topic, images, n_shown, alone)
+
+
 def number_of(name: str) -> int:
     """Which image a name means, counted from 0, read without tiny/pretrain.py."""
     words = re.sub(r"(\d+)", r" \1 ", name.lower().replace("#", "")).split()
@@ -99,8 +107,9 @@ def test_a_name_means_its_image_for_readers_and_for_the_auxiliary_heads():
         assert [each for each in found if each is not None] == [image], name
         forms.add(re.sub(r"\d", "9", name) if name.split()[0] in NOUNS else name.split()[0])
     assert len(forms) > 15
-    assert name_of(11, False, rng) == "image 12" and any(name_of(3, True, rng).startswith("the last ")
-                                                         for _ in range(200))
+    for image, number in ((11, "12"), (-1, "0")):
+        assert {name_of(image, False, rng) for _ in range(200)} == {f"{noun} {number}" for noun in NOUNS}
+    assert any(name_of(3, True, rng).startswith("the last ") for _ in range(200))
 
 
 def test_the_header_of_an_image_is_no_name():
@@ -109,4 +118,4 @@ def test_the_header_of_an_image_is_no_name():
 
 
 def test_topics_are_those_of_one_image_of_several_and_of_none():
-    assert len(TOPICS) == len(set(TOPICS)) == len(ABOUT_ONE) + len(COMPARING) + 4
+    assert len(TOPICS) == len(set(TOPICS)) == len(ABOUT_ONE) + len(COMPARING) + 5

@@ -112,14 +112,15 @@ def test_a_broken_image_stops_training_by_name_or_is_skipped_and_counted(world, 
     broken = tmp_path / "data/tiny/coco/train2017/000000000000.jpg"
     broken.write_bytes(broken.read_bytes()[:500])
     command = [sys.executable, SCRIPT, "--epochs", "1", "--data", "data/tiny"]
-    done = subprocess.run(command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True,
-                          text=True, timeout=120)
+    done, printed = at_once(
+        lambda: subprocess.run(command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, text=True,
+                               capture_output=True, timeout=120),
+        lambda: launch(tmp_path, *command, "--skip-bad", "--positions", "160", "--out", "out/skipping"))
     last = done.stderr.strip().splitlines()[-1]
     assert done.returncode != 0 and last.startswith(
         "train.py: data/tiny/coco/train2017/000000000000.jpg is no readable image")
     assert last.endswith("Correct it, or leave out what shows it with --skip-bad")
     assert "Traceback" not in done.stderr
-    printed = launch(tmp_path, *command, "--skip-bad", "--positions", "160")
     assert "; 1 conversations skipped since the start" in printed
     assert re.search(r"at 160 positions [1-9]\d* conversations lose their last rounds, [1-9]\d* rounds", printed)
     assert re.search(r"validation: 0 of 16 conversations show .* training would lose 0 of 149\n", printed)

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from data import Round, collate, encode, to_tensors
 from llama import Cache, Tokenizer
 from mmca import IMAGE, TEXT
+from pixels import normalized
 from visualchat import (CONFIG, IGNORE, TEMPLATE, TRAINED, ModelConfig, build, choose, load, readable, save,
                         towers, whole_answers)
 
@@ -77,7 +78,8 @@ def test_losses_are_float32_in_every_precision(model, rows):
 
 def test_kept_features_stand_for_the_images(model, rows):
     batch = collate(rows)
-    kept = {name: x for name, x in batch.items() if name != "images"} | {"features": model.vit(batch["images"])}
+    kept = {name: x for name, x in batch.items() if name != "images"}
+    kept["features"] = model.vit(normalized(batch["images"]))
     same(model(**kept)[0], model(**batch)[0])
 
 

@@ -1,18 +1,15 @@
-"""Claims about vit.py: golden features, official names and shapes, both folder formats, images of every kind."""
-import io
+"""Claims about vit.py: golden features, official names and shapes, both folder formats."""
 import json
 import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from vit import VisionAttention, VisionConfig, VisionTransformer, read_image, resized, to_pixels
+from vit import VisionAttention, VisionConfig, VisionTransformer, resized
 
 GOLDEN = Path(__file__).parent / "golden" / "vit_open"
 
@@ -128,108 +125,3 @@ def test_a_folder_of_another_model_is_refused(pickled, config):
     (pickled / "config.json").write_text(config)
     with pytest.raises(ValueError, match="visual|QWen-VL|JSON"):
         VisionTransformer.from_pretrained(pickled)
-
-
-# ---- images ----
-
-class File:
-    """Bytes that can be read like a file, as images in a JSON file can."""
-
-    def __init__(self, content: bytes):
-        self.content = content
-
-    def read_bytes(self) -> bytes:
-        return self.content
-
-
-def saved(image, format, **options):
-    file = io.BytesIO()
-    image.save(file, format, **options)
-    return File(file.getvalue())
-
-
-def colour(image, format="PNG", **options):
-    """The one colour of a flat image, after a round through a file."""
-    opened = read_image(saved(image, format, **options))
-    assert opened.mode == "RGB" and opened.size == image.size
-    (_, found), = opened.getcolors()
-    return found
-
-
-def flat(mode, value):
-    return Image.new(mode, (6, 4), value)
-
-
-def test_pixels_of_a_flat_colour():
-    x = to_pixels(flat("RGB", (255, 128, 0)))
-    assert x.shape == (3, 448, 448) and x.dtype == torch.float32
-    for channel, value in zip(x, ((1 - 0.48145466) / 0.26862954, (128 / 255 - 0.4578275) / 0.26130258,
-                                  (0 - 0.40821073) / 0.27577711)):
-        torch.testing.assert_close(channel, torch.full((448, 448), value))
-
-
-@pytest.mark.parametrize("size", [(300, 20), (20, 300), (1, 1), (448, 448)])
-def test_an_image_is_squeezed_not_cropped(size):
-    ramp = np.linspace(0, 255, size[0]).astype(np.uint8)[None].repeat(size[1], 0)
-    x = to_pixels(Image.fromarray(ramp).convert("RGB"), 56)
-    assert x.shape == (3, 56, 56)
-    assert size[0] == 1 or (x[0, :, 0].max() < -1.7 and x[0, :, -1].min() > 1.8)
-
-
-@pytest.mark.parametrize("orientation", range(1, 9))
-def test_images_stand_upright(orientation):
-    upright = np.array([[0, 50, 100], [150, 200, 250]], dtype=np.uint8).repeat(8, 0).repeat(8, 1)
-    stored = {1: upright, 2: upright[:, ::-1], 3: upright[::-1, ::-1], 4: upright[::-1], 5: upright.T,
-              6: np.rot90(upright, 1), 7: upright[::-1, ::-1].T, 8: np.rot90(upright, -1)}[orientation]
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    opened = read_image(saved(Image.fromarray(np.ascontiguousarray(stored)), "JPEG", quality=100, exif=exif))
-    np.testing.assert_allclose(np.asarray(opened)[..., 0], upright.astype(int), atol=3)
-
-
-def palette():
-    image = flat("P", 1)
-    image.putpalette([0, 0, 0, 10, 200, 30])
-    return image
-
-
-@pytest.mark.parametrize("image, options, expected", [
-    (flat("RGBA", (255, 0, 0, 0)), {}, (255, 255, 255)),
-    (flat("RGBA", (255, 0, 0, 255)), {}, (255, 0, 0)),
-    (flat("RGBA", (0, 0, 0, 51)), {}, (204, 204, 204)),
-    (flat("RGB", (1, 2, 3)), {"transparency": (1, 2, 3)}, (255, 255, 255)),
-    (palette(), {}, (10, 200, 30)),
-    (palette(), {"transparency": 1}, (255, 255, 255)),
-    (palette(), {"transparency": 0}, (10, 200, 30)),
-    (flat("L", 77), {}, (77, 77, 77)),
-    (flat("LA", (0, 51)), {}, (204, 204, 204)),
-    (flat("1", 1), {}, (255, 255, 255)),
-    (flat("1", 0), {}, (0, 0, 0))], ids=lambda x: getattr(x, "mode", None) or str(x).replace(" ", ""))
-def test_transparency_lies_on_white_and_every_mode_becomes_rgb(image, options, expected):
-    assert colour(image, **options) == expected
-
-
-def test_a_cmyk_jpeg_keeps_its_colour():
-    found = colour(flat("CMYK", (0, 255, 255, 0)), "JPEG", quality=100)
-    assert all(abs(a - b) < 4 for a, b in zip(found, (255, 0, 0)))
-
-
-@pytest.mark.parametrize("format", ["PNG", "TIFF"])
-@pytest.mark.parametrize("value, expected", [(0, 0), (100, 0), (32768, 127), (65535, 255)])
-def test_sixteen_bits_are_scaled_to_eight(format, value, expected):
-    image = Image.fromarray(np.full((4, 6), value, dtype=np.uint16))
-    assert colour(image, format)[0] in (expected, expected + 1)
-
-
-@pytest.mark.parametrize("format", ["GIF", "PNG"])
-def test_an_animation_shows_its_first_frame(format):
-    first, others = flat("RGB", (255, 0, 0)), [flat("RGB", (0, 0, 255)), flat("RGB", (0, 255, 0))]
-    assert colour(first, format, save_all=True, append_images=others) == (255, 0, 0)
-
-
-def test_a_truncated_image_is_an_error():
-    noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8))
-    whole = saved(noise, "JPEG").read_bytes()
-    for length in (len(whole) // 2, 10, 0):
-        with pytest.raises(ValueError, match="no readable image"):
-            read_image(File(whole[:length]))

@@ -1,6 +1,7 @@
 """Claims about weights.py: strict loading, no code from pickles, no file outside a folder, finding weights."""
 import json
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from llama import Llama
-from weights import find_weights, printable, read_file, replacing
+from weights import check_tensors, find_weights, printable, read_file, replacing
 
 
 # ---- helpers ----
@@ -98,6 +99,54 @@ def test_a_pickle_of_something_else_is_refused(tmp_path):
         read_file(tmp_path / "pytorch_model.bin")
 
 
+class Greedy:
+    def __reduce__(self):
+        return bytearray, (3 * 10 ** 9,)
+
+
+def test_a_pickle_cannot_ask_for_memory(tmp_path):
+    torch.save({"lm_head.weight": Greedy()}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="pytorch_model.bin is damaged or holds no tensors, .* it names .*bytearray"):
+        read_file(tmp_path / "pytorch_model.bin")
+
+
+@pytest.mark.parametrize("suffix", [".bin", ".safetensors"])
+def test_a_damaged_file_is_named_wherever_it_ends_and_whatever_byte_is_wrong(tmp_path, suffix):
+    file = tmp_path / f"model{suffix}"
+    tensors = {"a": torch.arange(12.0).view(3, 4), "b": torch.ones(5)}
+    (torch.save if suffix == ".bin" else save_file)(tensors, file)
+    whole, rng = file.read_bytes(), random.Random(0)
+    for _ in range(300):
+        damaged = bytearray(whole)
+        if rng.random() < .5:
+            damaged = damaged[:rng.randrange(len(whole))]
+        else:
+            damaged[rng.randrange(len(whole))] = rng.randrange(256)
+        file.write_bytes(damaged)
+        try:
+            found = read_file(file)
+        except ValueError as error:
+            assert str(error).startswith(f"{file} is damaged")
+        else:
+            assert all(isinstance(tensor, torch.Tensor) for tensor in found.values())
+
+
+@pytest.mark.parametrize("tensor, said", [
+    (torch.zeros(2, 3, dtype=torch.int64), "torch.int64"), (torch.zeros(2, 3, dtype=torch.complex64), "complex"),
+    (torch.zeros(2, 3).to_sparse(), "sparse"), (torch.zeros(2, 3, device="meta"), "on meta")],
+    ids=["integers", "complex", "sparse", "meta"])
+def test_only_dense_tensors_of_floats_are_weights(tensor, said):
+    with pytest.raises(ValueError, match=f"a is .*{said}.*, expected dense floating-point values"):
+        check_tensors({"a": torch.zeros(2, 3)}, {"a": tensor}, Path("here"))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_values_that_are_no_numbers_are_refused(llama_folder, value):
+    path = llama_folder({"model.norm.weight": torch.tensor([1.0] * 47 + [value])})
+    with pytest.raises(ValueError, match=f"{path}: norm.weight holds values that are no finite numbers"):
+        Llama.from_pretrained(path)
+
+
 @pytest.mark.parametrize("absent", ["config.json", "model.safetensors"])
 def test_absent_files_are_named(llama_folder, tmp_path, absent):
     (llama_folder() / absent).unlink()
@@ -148,17 +197,54 @@ def test_absent_weights_are_named_with_the_command_that_gets_them(nowhere, tmp_p
 
 
 def test_weights_beside_the_code_are_found_from_any_folder(nowhere, tmp_path):
-    (tmp_path / "code/weights/tiny/llama").mkdir(parents=True)
-    (tmp_path / "code/weights/tiny/llama/config.json").touch()
+    tower(tmp_path / "code/weights/tiny/llama")
     assert find_weights("tiny/llama") == tmp_path / "code/weights/tiny/llama"
+
+
+def tower(folder: Path, *files: str):
+    """A folder with empty files of these names, by default those of a tower."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in files or ("config.json", "model.safetensors"):
+        (folder / name).touch()
 
 
 def test_the_newest_snapshot_is_found_and_a_local_folder_before_it(nowhere, tmp_path):
     for name, time in (("new", 2e9), ("old", 1e9)):
-        (nowhere / name).mkdir(parents=True)
-        (nowhere / name / "config.json").touch()
+        tower(nowhere / name)
         os.utime(nowhere / name, (time, time))
     assert find_weights("Qwen/Qwen-VL") == nowhere / "new"
-    (tmp_path / "weights/Qwen-VL").mkdir(parents=True)
-    (tmp_path / "weights/Qwen-VL" / "config.json").touch()
+    tower(tmp_path / "weights/Qwen-VL")
     assert find_weights("Qwen/Qwen-VL").samefile(tmp_path / "weights/Qwen-VL")
+
+
+def test_folders_that_lack_files_are_passed_over_and_named_if_there_is_no_other(nowhere, tmp_path):
+    local = tmp_path / "weights/Qwen-VL"
+    tower(local, "config.json")
+    tower(nowhere / "new", "config.json")
+    index(nowhere / "new", "model-1.safetensors", "model-2.safetensors")
+    tower(nowhere / "new", "model-1.safetensors")
+    with pytest.raises(FileNotFoundError, match=f"{local} is not complete; {nowhere}/new is not complete. Get them"):
+        find_weights("Qwen/Qwen-VL")
+    tower(nowhere / "new", "model-2.safetensors")
+    assert find_weights("Qwen/Qwen-VL") == nowhere / "new"
+
+
+def test_of_a_qwen_vl_the_encoder_s_files_are_enough(nowhere):
+    tower(nowhere / "one", "config.json", "model-2.safetensors")
+    weight_map = {"transformer.wte.weight": "model-1.safetensors",
+                  "transformer.visual.proj": "model-2.safetensors"}
+    (nowhere / "one/model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    assert find_weights("Qwen/Qwen-VL") == nowhere / "one"
+
+
+@pytest.mark.parametrize("settings, cache", [
+    ({"HF_HOME": "~/hf"}, "hf/hub"), ({"XDG_CACHE_HOME": "{home}/x"}, "x/huggingface/hub"),
+    ({"HF_HUB_CACHE": "~/h"}, "h"), ({}, ".cache/huggingface/hub")])
+def test_the_cache_lies_where_hugging_face_s_programs_put_it(nowhere, tmp_path, monkeypatch, settings, cache):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("HF_HOME", "XDG_CACHE_HOME", "HF_HUB_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value.format(home=tmp_path))
+    tower(tmp_path / cache / "models--Qwen--Qwen-VL/snapshots/one")
+    assert find_weights("Qwen/Qwen-VL") == tmp_path / cache / "models--Qwen--Qwen-VL/snapshots/one"

@@ -49,7 +49,7 @@ def begin(world: Path, out: str, *options: str, ranks: int = 1) -> subprocess.Po
 
 def at(folder: Path) -> tuple[str, list[str]]:
     """The latest complete checkpoint, and the ones that somebody has begun to write since."""
-    latest = (folder / "latest").read_text() if (folder / "latest").exists() else ""
+    latest = max((path.parent.name for path in folder.glob("step-*/progress.json")), default="")
     return latest, [step.name for step in folder.glob("step-*") if step.name > latest]
 
 

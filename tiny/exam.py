@@ -5,15 +5,17 @@
 
 Every conversation of the test sets is held as in chat.py, with the model's own answers in its history; one set
 asks in phrases that training never shows. An answer counts if it is right word for word. The first two test sets
-come once more with every image gray ("blind"), to show how much can be guessed. eval.csv in the result's folder
-gets every answer. Before: tiny/world.py, which draws the test sets.
+come once more with every image gray ("blind"), to show how much can be guessed. One more set, tiny/people.json, is
+about the three images of examples/. It was written without seeing any of the phrases, from README's list of what can
+be asked. eval.csv in the result's folder gets every answer. Before: tiny/world.py, which draws the test sets.
 """
 import csv
 import math
 import sys
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
+from itertools import groupby
 from pathlib import Path
 
 import torch
@@ -28,8 +30,9 @@ from tiny.world import DATA, TESTS, ensure_tests
 from visualchat import VisualChat, load, towers
 from weights import read_json, replacing
 
+PEOPLE, EXAMPLES = Path(__file__).with_name("people.json"), Path(__file__).parents[1] / "examples"
 BLIND = ("seen", "unseen")                  # the test sets that are asked with gray images, too
-AT_ONCE, MAX_ANSWER = 80, 12                # conversations in a batch; tokens of an answer (right: up to 9)
+AT_ONCE, MAX_ANSWER = 80, 32                # conversations in a batch; tokens of an answer (right: up to 25)
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,22 @@ def read_test(folder: Path) -> list[tuple[list[Round], list[str]]]:
     return [(one.rounds, each) for one, each in zip(found, topics, strict=True)]
 
 
+def read_people() -> list[tuple[list[Round], list[str]]]:
+    """The conversations of tiny/people.json, likewise; the topics are not known."""
+    return [([Round(tuple(EXAMPLES / name for name in names), *texts) for names, *texts in rounds],
+             ["people"] * len(rounds)) for rounds in read_json(PEOPLE, list)]
+
+
+def in_parts(test: list[tuple[list[Round], list[str]]]) -> Iterator[list[int]]:
+    """The numbers of conversations with equally many rounds, at most AT_ONCE at a time."""
+    def length(i: int) -> int:
+        return len(test[i][0])
+
+    for _, alike in groupby(sorted(range(len(test)), key=length), key=length):
+        alike = list(alike)
+        yield from (alike[start:start + AT_ONCE] for start in range(0, len(alike), AT_ONCE))
+
+
 @torch.no_grad()
 def hold_conversations(model: VisualChat, tokenizer: Tokenizer, conversations: list[list[Round]],
                        blind: bool) -> list[list[str]]:
@@ -76,7 +95,7 @@ def hold_conversations(model: VisualChat, tokenizer: Tokenizer, conversations: l
             shown[i] += len(round_.images)
         batch = collate(examples)
         ids, kind, images = (batch[name].to(device) for name in ("ids", "kind", "images"))
-        images = torch.zeros_like(images) if blind else images  # Pixels are normalized: zero is a medium gray.
+        images = torch.full_like(images, 128) if blind else images
         x = model.embed(ids, kind, model.image_tokens(images))
         logits = model.prefill(x, kind, cache, batch["lengths"])
         tokens, ended, before = [], torch.zeros(n, dtype=torch.bool), cache.past
@@ -98,28 +117,27 @@ def run_exam(model: VisualChat, tokenizer: Tokenizer, data: Path) -> list[Marked
     """All questions of all test sets, which are drawn if they are not there."""
     model.eval()
     marked = []
-    for folder in ensure_tests(data):
-        test = read_test(folder)
-        for start in tqdm(range(0, len(test), AT_ONCE), f"exam, {folder.name}", leave=False):
-            part = test[start:start + AT_ONCE]
-            conversations = [rounds for rounds, _ in part]
+    for name, test in [*((folder.name, read_test(folder)) for folder in ensure_tests(data)),
+                       ("people", read_people())]:
+        for part in tqdm(list(in_parts(test)), f"exam, {name}", leave=False):
+            conversations = [test[i][0] for i in part]
             seeing = hold_conversations(model, tokenizer, conversations, blind=False)
-            blind = (hold_conversations(model, tokenizer, conversations, blind=True) if folder.name in BLIND
+            blind = (hold_conversations(model, tokenizer, conversations, blind=True) if name in BLIND
                      else [[""] * len(rounds) for rounds in conversations])
-            for i, (rounds, topics) in enumerate(part):
-                shown = 0
-                for j, (round_, topic) in enumerate(zip(rounds, topics)):
-                    shown += len(round_.images)
-                    marked.append(Marked(folder.name, start + i, j + 1, shown, topic, round_.question,
-                                         round_.answer, seeing[i][j], blind[i][j]))
+            for i, answers, blind_answers in zip(part, seeing, blind):
+                shown, number = 0, 0
+                for round_, topic, answer, blind_answer in zip(*test[i], answers, blind_answers):
+                    shown, number = shown + len(round_.images), number + 1
+                    marked.append(Marked(name, i, number, shown, topic, round_.question, round_.answer, answer,
+                                         blind_answer))
     return marked
 
 
 # ---- what it says ----
 
 def is_good(one: Marked) -> bool:
-    """Whether a question is about images that are there."""
-    return one.topic not in BESIDE
+    """Whether a question is known to be about images that are there."""
+    return one.topic not in (*BESIDE, "people")
 
 
 # The lines of the table: name, which questions count.
@@ -130,14 +148,16 @@ GROUPS: dict[str, Callable[[Marked], bool]] = {
     **{f'{test} pairs, "which"': lambda one, test=test: one.test == test and one.topic == "which"
        for test in ("seen", "unseen")},
     "wordings never seen": lambda one: one.test == "wordings" and is_good(one),
+    "people's own words": lambda one: one.test == "people",
     "lower case, no marks": lambda one: one.test == "lower" and is_good(one),
     "rounds 13 to 16": lambda one: one.round > 12 and is_good(one),
     "rounds 13 to 16, up to 3 images": lambda one: one.round > 12 and one.images < 4 and is_good(one),
     **{f"{n} image{'s' * (n > 1)}": lambda one, n=n: one.test == "long" and one.images == n and is_good(one)
        for n in range(1, 9)},
     "absent image": lambda one: one.topic == "absent",
+    "before the first image": lambda one: not one.images and one.test != "people",
     "outside of its world": lambda one: one.topic == "outside",
-    "small talk": lambda one: one.topic in ("hello", "thanks"),
+    "small talk": lambda one: one.topic in ("hello", "thanks", "bye"),
 }
 
 
@@ -208,7 +228,7 @@ def main():
     try:
         folder = options.model or newest(Path("out"))
         model, config = load(folder)
-        marked = run_exam(model, Tokenizer(towers(config)[0]), options.data)
+        marked = run_exam(model, Tokenizer(towers(config)[0], model.llama.config.vocab_size), options.data)
     except (OSError, ValueError) as error:
         sys.exit(f"tiny/exam.py: {error}")
     write_marked(marked, folder / "eval.csv")

@@ -26,12 +26,13 @@ from tqdm import tqdm
 from data import SYSTEM, Encoded, Round, collate, encode, to_tensors
 from llama import Llama, LlamaConfig, Tokenizer
 from mmca import IMAGE, TEXT, all_text, separate
-from tiny.wording import (AFTER, ATTRIBUTES, BEFORE, ENDINGS, HELLO, IS, IT, LATEST, LETTERS, LOOKED_FOR, NAMELESS,
-                          NONE, NOUNS, NUMBERS, ORDINALS, OTHERWISE, PHRASES, REFUSALS, SHORT_IT, THINGS, TOPICS,
-                          WELCOME)
+from pixels import normalized, to_pixels
+from tiny.wording import (AFTER, ALL, ATTRIBUTES, BEFORE, BOTH, COMPARED, ENDINGS, GOODBYE, HELLO, IS, IT, LATEST,
+                          LETTERS, LOOKED_FOR, NAMELESS, NONE, NOTHING, NOUNS, NUMBERS, ORDINALS, OTHERWISE,
+                          PHRASES, REFUSALS, SEVERAL, SHORT_IT, THINGS, TOPICS, WELCOME)
 from tiny.world import ALL_SCENES, VALUES, Scene, dialogue, draw_scene, random_scene, write_json
 from visualchat import IGNORE, whole_answers
-from vit import IN_CONFIG, PREFIX, VisionConfig, VisionTransformer, to_pixels
+from vit import IN_CONFIG, PREFIX, VisionConfig, VisionTransformer
 from weights import replacing
 
 LLAMA = LlamaConfig(hidden_size=128, intermediate_size=336, num_hidden_layers=6, num_attention_heads=4,
@@ -52,9 +53,11 @@ def train_tokenizer(folder: Path) -> Tokenizer:
     """A sentencepiece model in LLaMA's format: a piece for each word of the tiny world, bytes for all others."""
     known = [*sum(PHRASES.values(), []), *sum(NAMELESS.values(), ()), *sum(IS.values(), ()), *IT, *LATEST,
              *SHORT_IT, *NOUNS, *ORDINALS, *THINGS, *BEFORE, *AFTER, *sum(LOOKED_FOR.values(), ()),
-             *sum(OTHERWISE.values(), ()), *REFUSALS, HELLO, WELCOME, *VALUES,
-             *ATTRIBUTES, *LETTERS, *LETTERS.upper(), *NUMBERS, *"0123456789", "x0123456789", "image #1",
-             *(f"1{ending}" for ending in ENDINGS), "colour number last", "yes no A big at the", NONE]
+             *sum(SEVERAL.values(), ()), *sum(COMPARED.values(), ()), *sum(OTHERWISE.values(), ()), *REFUSALS,
+             HELLO, WELCOME, GOODBYE, *ALL, *BOTH, *VALUES, *ATTRIBUTES, *LETTERS, *LETTERS.upper(), *NUMBERS,
+             *"0123456789", "x0123456789", "image #1", *(f"1{ending}" for ending in ENDINGS), "number",
+             "what's whats where's wheres how's hows who's whos that's thats u", "images pictures photos",
+             "colour last latest newest new one", "yes no A big at the", NONE, NOTHING]
     known = [re.sub(r"{\w*}", "", text) for text in known]
     lines = [SYSTEM, "### Image 1:", "### Question: ### Answer:", *known, *(text.lower() for text in known),
              *(text[:1].upper() + text[1:] for text in known if text)]
@@ -117,7 +120,7 @@ def optimize(tower: nn.Module, heads: nn.Module, loss_of: Callable[[int], Tensor
 # ---- ViT: token i tells attribute i ----
 
 def drawn(n: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Pixels (n, 3, image_size, image_size) of random scenes, and their attributes as numbers (n, 4)."""
+    """Pixels (n, 3, image_size, image_size) uint8 of random scenes, and their attributes as numbers (n, 4)."""
     rng = random.Random(seed)
     scenes = [random_scene(rng, [], ALL_SCENES) for _ in range(n)]
     images = [to_pixels(draw_scene(scene, rng), VIT.image_size) for scene in tqdm(scenes, "drawing", leave=False)]
@@ -137,12 +140,12 @@ def pretrain_vit(steps: int) -> VisionTransformer:
 
     def loss_of(step: int) -> Tensor:
         chosen = torch.randint(len(images), (64,))
-        return F.mse_loss(vit(images[chosen]), vectors[targets[chosen] + first])
+        return F.mse_loss(vit(normalized(images[chosen])), vectors[targets[chosen] + first])
 
     optimize(vit, nn.Module(), loss_of, steps, name="ViT")                  # no heads
     fresh, wanted = drawn(N_FRESH, seed=2)
     with torch.no_grad():
-        tokens = torch.cat([vit(part) for part in fresh.split(100)])        # (N_FRESH, 4, output_dim)
+        tokens = torch.cat([vit(normalized(part)) for part in fresh.split(100)])        # (N_FRESH, 4, output_dim)
     read = [torch.cdist(tokens[:, i], part).argmin(1) for i, part in enumerate(vectors.split(N_VALUES))]
     right = torch.stack(read, dim=1) == wanted
     print(f"ViT, attributes read from {N_FRESH} fresh images:",
@@ -176,13 +179,13 @@ def named_image(words: list[str], latest: int) -> int | None:
         return ORDINALS.index(word)
     if noun.isdigit() and word in ENDINGS:
         return int(noun) - 1
-    if (noun in NOUNS and before != "###") or (noun in ("number", "#") and before in NOUNS):
+    if (noun in NOUNS and before != "###") or noun in ("number", "#"):
         if word.isdigit():
             return int(word) - 1
         for names in ([*LETTERS], NUMBERS):     # a list: in a text, "bc" would be found, too
             if word in names:
                 return names.index(word)
-    return latest if word == "it" or (noun in ("the", "this", "last") and word in NOUNS) else None
+    return latest if noun in ("the", "this", "last", "latest", "newest") and word in NOUNS else None
 
 
 def head_targets(encoded: Encoded, scenes: list[Scene], topics: list[str],
@@ -284,7 +287,8 @@ def pretrain_llama(tokenizer: Tokenizer, steps: int) -> Llama:
         rng = random.Random(f"3 {step}")
         llama.attention = rng.choice(["mmca", "causal"])
         counts = [1] if step < 100 else [1, 2, 3] if step < 1000 else COUNTS
-        batch, asked, _ = text_batch(rng, tokenizer, counts, n=16, n_rounds=rng.choice([4, 6, 8, 12, 16]))
+        n_rounds = rng.choice([4, 6, 8, 12, 16, 24])
+        batch, asked, _ = text_batch(rng, tokenizer, counts, n=144 // n_rounds, n_rounds=n_rounds)
         kind = batch["kind"] if llama.attention == "mmca" else all_text(batch["kind"])
         return F.cross_entropy(*predict(llama, batch, noise=0.8)) + head_loss(heads, states, kind, asked)
 

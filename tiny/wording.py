@@ -6,16 +6,17 @@ PHRASES are for training and UNSEEN_PHRASES for the exam alone. So it can measur
 that training never showed. Before: sources.py. Next: tiny/world.py, which knows the answers.
 """
 import random
+import re
 from dataclasses import dataclass
 
 ATTRIBUTES = {"size": ["small", "big"], "color": ["red", "pink", "yellow", "green", "blue", "purple"],
               "shape": ["circle", "square", "triangle", "star"],
               "place": ["left", "right", "top", "bottom", "center"]}
-ABOUT_ONE, COMPARING = (*ATTRIBUTES, "describe", "is"), ("any", "which", "same", "changed")
-BESIDE = ("absent", "outside", "hello", "thanks")           # topics of rounds that are not about a shown image
+ABOUT_ONE, COMPARING = (*ATTRIBUTES, "describe", "is"), ("any", "which", "all", "same", "changed")
+BESIDE = ("absent", "outside", "hello", "thanks", "bye")    # topics of rounds that are not about a shown image
 TOPICS = (*ABOUT_ONE, *COMPARING, *BESIDE)
 NO_IMAGE, NO_SUCH, OUTSIDE = "There is no image yet.", "There is no such image.", "I cannot tell."
-HELLO, WELCOME, NONE = "Hello!", "You are welcome.", "none of them"
+HELLO, WELCOME, GOODBYE, NONE, NOTHING = "Hello!", "You are welcome.", "Goodbye!", "none of them", "nothing"
 REFUSALS = (NO_IMAGE, NO_SUCH, OUTSIDE)
 
 
@@ -25,6 +26,7 @@ class Ask:
     topic: str
     images: tuple[int, ...] = ()    # which images are meant, counted from 0
     about: str = ""                 # the value that `is`, `any` and `which` ask for, or the attribute of `same`
+    again: bool = False             # the last question once more, about another image: "And image 2?"
 
 
 # ---- names of images ----
@@ -37,23 +39,31 @@ ENDINGS = ("st", "nd", "rd", *["th"] * 6)                   # of 1st, 2nd, …
 
 
 def name_of(image: int, latest: bool, rng: random.Random) -> str:
-    """A name of an image, counted from 0; half of them are like "image 2". latest: whether it was shown last."""
+    """A name of an image, counted from 0; half of them are like "image 2". latest: whether it was shown last.
+
+    -1 is "image 0", which is never there.
+    """
     noun, number = rng.choice(NOUNS), image + 1
-    if rng.random() < .5 or image >= len(ORDINALS):
+    if rng.random() < .5:
         return f"image {number}"
-    if latest and rng.random() < .1:
-        return f"the last {noun}"
+    if not 0 <= image < len(ORDINALS):
+        return f"{noun} {number}"
+    if latest and rng.random() < .2:
+        return rng.choice([f"the last {noun}", f"the latest {noun}", f"the newest {noun}", "the last one",
+                           "the new one"])
     return rng.choice([f"{noun} {number}", f"{noun} number {number}", f"{noun} {LETTERS[image]}",
-                       f"{noun}{number}", f"{noun} #{number}", f"{noun} {NUMBERS[image]}",
+                       f"{noun}{number}", f"{noun} #{number}", f"{noun} {NUMBERS[image]}", f"number {number}",
                        f"{noun} {LETTERS[image].upper()}",
                        f"the {number}{ENDINGS[image]} {noun}", f"the {ORDINALS[image]} {noun}",
-                       f"the {ORDINALS[image]} one"])
+                       f"the {ORDINALS[image]} one", f"the {ORDINALS[image]}"])
 
 
 # ---- phrases ----
 
-# {name} and {other} are names of images, {it} is what {name} shows, {what} is what is looked for or compared, and
-# {values} are all values of the attribute in any order, such as "a star, a circle, a triangle or a square".
+# {name} and {other} are names of images, {it} is what {name} shows, {what} is what is looked for or compared,
+# {values} are all values of the attribute in any order, such as "a star, a circle, a triangle or a square", {is}
+# and {several} are what is looked for in other forms, such as "at the left" and "shapes at the left", and {all}
+# and {both} are "the images", "both of them" and the like.
 PHRASES = {
     "size": ["What size is {it}?", "How big is {it}?", "How large is {it}?", "Is {it} big or small?",
              "Is {it} small or large?", "What is the size of {it}?", "Tell me the size of {it}.",
@@ -92,16 +102,19 @@ PHRASES = {
               "Where is it in {name}?", "Is it at {values} in {name}?", "In which place do you find {it}?"],
     "describe": ["Describe {name}.", "What do you see in {name}?", "What is in {name}?", "What does {name} show?",
                  "Tell me about {name}.", "What can you see in {name}?", "Tell me what is in {name}.",
-                 "What is {name} about?", "Give me a description of {name}.", "{name}?",
+                 "What is {name} about?", "Give me a description of {name}.",
                  "What do we see in {name}?", "Describe what you see in {name}.",
                  "I want to know what is in {name}.", "Do you know what {name} shows?",
                  "I want to know what {name} shows.", "Say what {name} shows.", "{name} shows what?",
-                 "What is there to see in {name}?", "Tell me all about {name}.", "What about {name}?",
+                 "What is there to see in {name}?", "Tell me all about {name}.", "Explain {name}.",
                  "What do you find in {name}?", "Say what is in {name}.", "In {name}, what do you see?",
                  "What is {name} of?", "Tell me more about what {name} shows.", "What can we see in {name}?",
                  "Tell me everything you see in {name}.", "Describe what is in {name}.",
                  "Describe to me what {name} shows.", "What is it that you see in {name}?",
-                 "Is there something in {name}, and what is it?"],
+                 "Is there something in {name}, and what is it?", "What is going on in {name}?",
+                 "What is shown in {name}?", "Describe {name} in a few words.", "What does {name} look like?",
+                 "What do I see in {name}?", "Please look at {name} and describe it.", "Caption {name}.",
+                 "Show me what you see in {name}.", "What am I looking at in {name}?"],
     "is": ["Is {it} {what}?", "Do you think {it} is {what}?", "Tell me if {it} is {what}.",
            "{name}: is it {what}?", "I want to know if {it} is {what}.", "{it} is {what}, yes or no?",
            "Is it {what} in {name}?", "Say if {it} is {what}.", "In {name}, is it {what}?",
@@ -118,7 +131,10 @@ PHRASES = {
             "Is there one image with {what}?", "Do you see {what} in any photo?",
             "In any of them, is there {what}?", "Has any of the images {what}?", "Does one image show {what}?",
             "Say if there is {what}.", "{what}, is there one?", "Do we see {what} or not?",
-            "Tell me if you see {what}.", "Do any of them show {what}?"],
+            "Tell me if you see {what}.", "Do any of them show {what}?", "Any {several}?",
+            "Are there any {several}?", "Are there {several}?", "Do you see any {several}?", "Is any of them {is}?",
+            "Is one of them {is}?", "Are any of them {is}?", "Is anything {is}?", "Is there one that is {is}?",
+            "Can you see any {several}?", "Are there {several} in the images?", "Is any image {is}?"],
     "which": ["Which image shows {what}?", "Which image has {what}?", "In which image is {what}?",
               "Which picture shows {what}?", "Which of the images shows {what}?", "Which one has {what}?",
               "What image shows {what}?", "Tell me which image shows {what}.",
@@ -129,7 +145,20 @@ PHRASES = {
               "Which has {what}?", "Say which image shows {what}.", "In which of them do we find {what}?",
               "Which one is the image with {what}?", "{what} is in which image?",
               "Tell me in which image you find {what}.", "What picture do you find {what} in?",
-              "Which one of the photos has {what}?", "In which photo can we see {what}?"],
+              "Which one of the photos has {what}?", "In which photo can we see {what}?", "Which one is {is}?",
+              "Which is {is}?", "Which of them is {is}?", "Which ones are {is}?", "Which images are {is}?",
+              "Which images show {what}?", "Which are {is}?", "Which of the images are {several}?",
+              "Which of them are {several}?", "Which pictures have {what}?", "Which image is {is}?",
+              "Which images have {several}?", "In which images do you see {what}?", "Which photos show {several}?",
+              "Tell me which ones are {is}.", "Which of these is {is}?", "What images show {what}?"],
+    "all": ["Describe {all}.", "What do you see in {all}?", "What is in {all}?", "Tell me about {all}.",
+            "Describe each image.", "Describe every picture.", "What does each image show?",
+            "Give me a description of {all}.", "I want to know what is in {all}.", "Say what is in {all}.",
+            "What can you see in {all}?", "Tell me what is in {all}.", "What do we see in {all}?",
+            "What do the images show?", "Say what the pictures show.", "Tell me what the photos show.",
+            "Describe what you see in {all}.", "In {all}, what do you see?", "What is shown in {all}?",
+            "Tell me what you see in {all}.", "What is in each of the photos?", "Do you know what is in {all}?",
+            "Describe one image after the other.", "What is there to see in {all}?"],
     "same": ["Do {name} and {other} have the same {what}?", "Is the {what} of {name} and {other} the same?",
              "Is the {what} the same in {name} and {other}?", "Do {name} and {other} share the {what}?",
              "Are {name} and {other} of the same {what}?", "Does {name} have the same {what} as {other}?",
@@ -173,11 +202,34 @@ PHRASES = {
                 "Can {name} be of the sea?", "Does the {thing} see {name}?", "Is the {thing} good?",
                 "Can you do what a {thing} does?", "What about the {thing}?", "Say where the {thing} is.",
                 "Is it the {thing} that is in {name}?", "How big is the {thing} in {name}?",
-                "Do you know what a {thing} is?", "Is {name} old?"],
+                "Do you know what a {thing} is?", "Is {name} old?", "What can you do?", "What can I ask you?",
+                "How many images are there?", "How many pictures do you see?", "How many shapes are there?",
+                "Help.", "What is your name?", "Do you like {thing}?", "Tell me a joke.", "Are you a {thing}?",
+                "What is the capital of {thing}?", "Can you write a {thing}?", "What is two plus two?",
+                "Who is {thing}?", "How do I make a {thing}?", "Do you speak {thing}?", "How does it work?",
+                "What day is it today?", "Do you have a {thing}?", "I like {thing}.", "Where do you live?",
+                "What does {thing} mean?", "Is there a {thing}?", "Does it have a {thing}?", "Sing me a {thing}.",
+                "Which of them is a {thing}?", "What do you think of {thing}?", "Can I eat the {thing}?",
+                "Is it {thing}?", "Why?", "Are there any {thing} in {name}?", "Do you want a {thing}?",
+                "What is the weather like today?", "Where was {name} taken?", "Who took {name}?",
+                "What is the {thing} of {name}?", "How much does {name} cost?"],
     "hello": ["Hello.", "Hi!", "Hey.", "Good morning.", "Hello, how are you?", "Hi there.", "Good day.",
-              "Hello again.", "Hey there.", "Good evening!"],
+              "Hello again.", "Hey there.", "Good evening!", "How are you?", "Hi, how do you do?",
+              "Good afternoon.", "Yo!", "Hiya!", "Howdy!", "Greetings.", "Hello friend!", "Hi again!",
+              "Hey, good morning!", "Hello computer."],
     "thanks": ["Thanks.", "Thank you.", "Thanks a lot.", "Great, thanks!", "Ok, thank you.", "Very good.",
-               "Nice!", "Thank you, that was good.", "Ok.", "Great, thank you very much."],
+               "Nice!", "Thank you, that was good.", "Ok.", "Great, thank you very much.", "Thx.", "Cool!",
+               "That is right.", "Perfect!", "Awesome!", "Wow!", "Good job.", "Well done!", "Cheers.", "Got it.",
+               "I see.", "You are great!", "You are right.", "That was helpful.", "That helps, thanks!",
+               "Nice one!", "Brilliant.", "Amazing!", "Correct!", "Right, thank you.", "Lovely, thanks.",
+               "You are very good at this!", "Cool, thank you so much.", "Good work!", "Thanks for the help!",
+               "Many thanks!", "Thank you for your help.", "Impressive!", "You are smart!", "Fine, thanks."],
+    "bye": ["Bye.", "Goodbye!", "Bye bye.", "See you.", "Good night.", "That is all.", "See you again!",
+            "Bye, and thanks.", "Ok, that is all, thanks.", "See ya!", "See you later!", "Have a good day!",
+            "Take care!", "Later!", "I have to go now.", "Have a nice day, bye!", "Bye for now.", "Cya!",
+            "Talk to you soon!", "I am done, goodbye.", "Have a good evening!"],
+    "again": ["And {name}?", "And in {name}?", "What about {name}?", "And what about {name}?", "How about {name}?",
+              "{name}?", "In {name}?", "And {name}, too?", "The same for {name}?", "Now {name}."],
 }
 UNSEEN_PHRASES = {
     "size": ["Which size does {it} have?", "Give me the size of {it}.", "Do you know how large {it} is?",
@@ -200,6 +252,8 @@ UNSEEN_PHRASES = {
     "which": ["Which of them shows {what}?", "In which of the pictures is {what}?", "Which photo has {what}?",
               "In which image do you see {what}?", "Tell me which picture has {what}.",
               "Which is the image of {what}?"],
+    "all": ["Describe to me what is in {all}.", "What do you find in {all}?", "Can you see what is in {all}?",
+            "Tell me all about {all}.", "What does every image show?"],
     "same": ["Do {name} and {other} show the same {what}?", "Have {name} and {other} the same {what}?",
              "Is the {what} in {name} and {other} the same?", "Is it the same {what} in {name} and {other}?",
              "Tell me if {name} and {other} have the same {what}."],
@@ -210,26 +264,47 @@ UNSEEN_PHRASES = {
                 "Can you see the {thing} in {name}?", "What can a {thing} do?", "Is {name} from the city?"],
     "hello": ["Hello there!", "Hi, good morning.", "Hey, how are you?"],
     "thanks": ["Ok, thanks a lot!", "Very good, thank you.", "Great."],
+    "bye": ["Ok, bye!", "Goodbye, see you.", "Good night, and thanks."],
+    "again": ["And how about {name}?", "And for {name}?", "So what about {name}?"],
 }
-# What an image shows. "the shape in {name}" stands twice, because it is said most.
-IT = ("the shape in {name}", "the shape in {name}", "the object in {name}", "the thing in {name}",
-      "the figure in {name}")
+# What an image shows. What is said most stands twice.
+IT = ("the shape in {name}", "the shape in {name}", "{name}", "the object in {name}", "the thing in {name}",
+      "the figure in {name}", "the one in {name}")
 # Names of an image that was just shown alone.
-LATEST = ("the image", "the image", "the picture", "the photo", "this image", "this picture", "the img", "it")
-# Questions about that image that name nothing.
-NAMELESS = {"size": ("What size?", "How big?", "And the size?"), "color": ("What color?", "And the color?"),
-            "shape": ("What shape?", "And the shape?"), "place": ("Where?", "And the place?"),
+LATEST = ("the image", "the image", "the picture", "the photo", "this image", "this picture", "the img", "this",
+          "this one", "the pic", "this photo")
+# Questions about what was talked about last that name nothing. Likewise about both images, where two were shown so
+# far, and about all images, where several were just shown together.
+NAMELESS = {"size": ("What size?", "How big?", "And the size?", "Size?"),
+            "color": ("What color?", "And the color?", "Color?"),
+            "shape": ("What shape?", "And the shape?", "Shape?"),
+            "place": ("Where?", "And the place?", "Position?", "Place?", "And where?", "Location?"),
             "describe": ("What do you see?", "What is it?", "What is this?", "Describe what you see.",
-                         "Describe it.")}
-# What that image shows.
-SHORT_IT = ("it", "the shape", "the object", "this thing")
+                         "Describe it.", "Describe this.", "What am I looking at?", "What is it of?"),
+            "all": ("What do you see?", "What is this?", "What are these?", "Describe what you see.",
+                    "What can you see?", "What is there?"),
+            "same": ("Do {both} have the same {what}?", "Do they have the same {what}?", "Same {what}?",
+                     "Is the {what} the same in {both}?", "Are {both} of the same {what}?",
+                     "Are they of the same {what}?", "Do {both} share the {what}?", "Is the {what} the same?"),
+            "changed": ("What changed?", "What is the difference?", "What is different?", "How do they differ?",
+                        "How do {both} differ?", "What is the difference between {both}?", "What has changed?",
+                        "What differs?", "What is not the same in {both}?", "Tell me the difference.")}
+ALL = ("the images", "the images", "the pictures", "the photos", "all images", "all the images", "all of them",
+       "them")
+BOTH = ("both images", "both pictures", "both of them", "the two images", "the two photos", "the two")
+# What was shown last, alone, or talked about last.
+SHORT_IT = ("it", "it", "it", "the shape", "the object", "this thing", "that")
 # A value in a phrase of `any` and `which`, words for it, and how it stands in a phrase of `is`.
 LOOKED_FOR = {"size": ("a {} shape", "a {} object", "something {}"),
               "color": ("a {} shape", "a {} object", "something {}"), "shape": ("a {}", "a {}", "one {}"),
               "place": ("a shape at the {}", "something at the {}", "a shape on the {}")}
 OTHERWISE = {"big": ("big", "large"), "small": ("small", "little", "tiny"),
              "center": ("center", "middle", "centre")}
-IS = {"size": ("{}",), "color": ("{}",), "shape": ("a {}",), "place": ("at the {}", "on the {}")}
+IS = {"size": ("{}",), "color": ("{}",), "shape": ("a {}",), "place": ("at the {}", "on the {}", "in the {}")}
+SEVERAL = {"size": ("{} shapes", "{} ones", "{} objects"), "color": ("{} shapes", "{} ones", "{} objects"),
+           "shape": ("{}s",), "place": ("shapes at the {}", "objects on the {}")}
+COMPARED = {"size": ("size",), "color": ("color",), "shape": ("shape", "shape", "form"),
+            "place": ("place", "place", "position", "spot", "location")}
 LISTED = {"size": "{}", "color": "{}", "shape": "a {}", "place": "the {}"}      # as part of {values}
 # What is not in the tiny world.
 THINGS = ("dog cat person man woman child car house tree table chair boat bird flower book ball hat door "
@@ -239,10 +314,15 @@ UNSEEN_THINGS = "horse bicycle cup king river computer window apple teacher airp
 BEFORE = ("Please", "Can you tell me", "Could you tell me", "Please tell me", "Hi,", "Hello,", "So", "And", "Now",
           "Ok,", "Great,", "Thanks,", "I want to know:", "Next:", "Tell me:", "Would you please say", "Thank you,",
           "Then", "But", "Well,", "Ok, now", "My next question:", "Let me ask you:", "Hey,", "Yes, and",
-          "Hello there,")
+          "Hello there,", "Pls", "Plz tell me")
 UNSEEN_BEFORE = ("Could you please tell me", "Hello, can you tell me", "Now please tell me", "Thanks, and now",
                  "I want you to tell me:", "Hi there,")
-AFTER = (" please", ", please", " thanks", " for me", ", thank you")
+AFTER = (" please", ", please", " thanks", " for me", ", thank you", " pls", " plz")
+
+
+def listed(parts: list[str], word: str = "and") -> str:
+    """Such as "the size, the color and the place"; nothing for no parts."""
+    return f" {word} ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)
 
 
 # ---- from an Ask to what somebody types ----
@@ -255,38 +335,50 @@ class Wording:
     plain: bool = False         # always in the first phrase, with capitals and marks
 
     def question(self, ask: Ask, names: list[str], short: bool, rng: random.Random) -> str:
-        """A question as it is typed; names: of the images meant; short: "it" and "the image" are clear, too."""
-        return self.typed(self.words(ask, names, short, rng), ask.topic in ("hello", "thanks"), rng)
+        """A question as it is typed; names: of the images meant; short: it is clear without them, too."""
+        return self.typed(self.words(ask, names, short, rng), ask.topic in ("hello", "thanks", "bye"), rng)
+
+    def value(self, forms: dict[str, tuple[str, ...]], about: str, rng: random.Random) -> str:
+        """What is asked for in one of these forms, which each attribute has; or the attribute itself."""
+        pick = (lambda options: options[0]) if self.plain else rng.choice
+        for attribute, values in ATTRIBUTES.items():
+            if about == attribute:
+                return pick(forms[attribute])
+            if about in values:
+                return pick(forms[attribute]).format(pick(OTHERWISE.get(about, (about,))))
+        return about
 
     def words(self, ask: Ask, names: list[str], short: bool, rng: random.Random) -> str:
         """A phrase for it, with capital and mark."""
         pick = (lambda options: options[0]) if self.plain else rng.choice
-        phrase = pick((UNSEEN_PHRASES if self.unseen else PHRASES)[ask.topic])
+        phrase = pick((UNSEEN_PHRASES if self.unseen else PHRASES)["again" if ask.again else ask.topic])
         name, other = (*names, "", "")[:2]
-        it = pick([one for one in IT if ask.topic != "shape" or "shape" not in one])
-        if short and not other and not self.plain and rng.random() < .4:
-            name = rng.choice(LATEST)
-            if ask.topic in NAMELESS and not self.unseen and rng.random() < .2:
+        if "{name} and {other}" in phrase and not self.plain and rng.random() < .2:
+            numbers = " and ".join(str(image + 1) for image in ask.images)
+            noun = rng.choice(["", "images ", "pictures ", "photos "])
+            phrase = phrase.replace("{name} and {other}", noun + numbers)
+        it = pick([one for one in IT if (ask.topic != "shape" or "shape" not in one)
+                   and (ask.topic != "place" or one != "{name}")])
+        if short and not ask.again and not self.plain and rng.random() < .4:
+            if ask.topic in NAMELESS and not self.unseen and rng.random() < (.3 if ask.topic in ABOUT_ONE else 1):
                 phrase = rng.choice(NAMELESS[ask.topic])
-            if rng.random() < .5:
-                it = rng.choice(SHORT_IT if ask.topic != "shape" else ("it", "the object"))
-        what = ask.about
-        for attribute, values in ATTRIBUTES.items():
-            if what in values:
-                what = pick((IS if ask.topic == "is" else LOOKED_FOR)[attribute]).format(
-                    pick(OTHERWISE.get(what, (what,))))
+            elif "{it}" in phrase and "{name}" not in phrase:
+                it = rng.choice(SHORT_IT if ask.topic != "shape" else ("it", "it", "the object"))
+        what = {"is": IS, "same": COMPARED}.get(ask.topic, LOOKED_FOR)
+        what, is_, several = (self.value(forms, ask.about, rng) for forms in (what, IS, SEVERAL))
         values = [LISTED[ask.topic].format(value) for value in ATTRIBUTES.get(ask.topic, ())]
         rng.shuffle(values)
         thing = rng.choice(UNSEEN_THINGS if self.unseen else THINGS)
         if not self.unseen and rng.random() < .3:           # an unknown word, so that no list has to name them all
             thing = "".join(rng.choice("abcdefghijklmnoprstuvw") for _ in range(rng.randint(3, 8)))
         text = phrase.format(name=name, other=other, it=it.format(name=name), what=what, thing=thing,
-                             values=" or ".join([", ".join(values[:-1]), *values[-1:]]))
+                             all=pick(ALL + BOTH if len(names) == 2 else ALL), both=pick(BOTH), several=several,
+                             values=listed(values, "or"), **{"is": is_})
         return text[0].upper() + text[1:]
 
     def typed(self, text: str, is_talk: bool, rng: random.Random) -> str:
         """The phrase as this person types it. Now and then, by chance, it is in lower case, lacks the mark, has
-        British spelling, or is polite, which small talk is already."""
+        British spelling or "whats" and "u" for "what is" and "you", or is polite, which small talk is already."""
         if self.plain:
             return text
         before, often = (UNSEEN_BEFORE, .5) if self.unseen else (BEFORE, .25)
@@ -296,6 +388,10 @@ class Wording:
             text = text[:-1] + rng.choice(AFTER) + text[-1]
         if rng.random() < .3:
             text = text.replace("color", "colour")
+        if rng.random() < .2:
+            text = re.sub(r"\b([Ww]hat|[Ww]here|[Hh]ow|[Ww]ho|[Tt]hat) is\b", rng.choice([r"\1's", r"\1s"]), text)
+        if rng.random() < .05:
+            text = re.sub(r"\byou\b", "u", text)
         if self.lower or rng.random() < .3:
             text = text.lower()
         if self.lower or rng.random() < .25:

@@ -15,17 +15,17 @@ import math
 import random
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import BytesIO
-from itertools import combinations, product
+from itertools import permutations, product
 from pathlib import Path
 
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 from sources import COCO, DETAIL, DIALOGUE, MARK, SOURCES, SPARKLES_MARK
-from tiny.wording import (ABOUT_ONE, ATTRIBUTES, COMPARING, HELLO, LATEST, NO_IMAGE, NO_SUCH, NONE, OUTSIDE,
-                          TOPICS, WELCOME, Ask, Wording, name_of)
+from tiny.wording import (ABOUT_ONE, ATTRIBUTES, COMPARING, GOODBYE, HELLO, LATEST, NO_IMAGE, NO_SUCH, NONE,
+                          NOTHING, OUTSIDE, TOPICS, WELCOME, Ask, Wording, listed, name_of)
 from weights import replacing
 
 Scene = tuple[str, str, str, str]           # what an image shows: a value of each attribute, in their order
@@ -80,38 +80,37 @@ def random_scene(rng: random.Random, earlier: list[Scene], allowed: frozenset[Sc
 
 # ---- questions and answers ----
 
-def questions(scenes: list[Scene]) -> Iterator[tuple[Ask, str]]:
-    """All questions about images with these scenes that training and the exam draw from, with their answers.
+def description(scene: Scene) -> str:
+    return "A {} {} {} at the {}.".format(*scene)
 
-    Of two images the earlier one is named first; what changed is asked only where they differ in one attribute.
-    """
+
+def questions(scenes: list[Scene]) -> Iterator[tuple[Ask, str]]:
+    """All questions about images with these scenes that training and the exam draw from, with their answers."""
     for i, scene in enumerate(scenes):
         for attribute, value in zip(ATTRIBUTES, scene):
             yield Ask(attribute, (i,)), value
-        yield Ask("describe", (i,)), "A {} {} {} at the {}.".format(*scene)
+        yield Ask("describe", (i,)), description(scene)
         for value in VALUES:
             yield Ask("is", (i,), value), "yes" if value in scene else "no"
-    if len(scenes) == 1:
-        return
     for value in VALUES:
-        having = [i for i, scene in enumerate(scenes) if value in scene]
+        having = [f"image {i}" for i, scene in enumerate(scenes, 1) if value in scene]
         yield Ask("any", about=value), "yes" if having else "no"
-        if len(having) < 2:                         # With several the answer would be a list.
-            yield Ask("which", about=value), f"image {having[0] + 1}" if having else NONE
-    for (i, a), (j, b) in combinations(enumerate(scenes), 2):
+        yield Ask("which", about=value), listed(having) or NONE
+    if 1 < len(scenes) < 4:                         # With more the answer would be long.
+        yield Ask("all", tuple(range(len(scenes)))), " ".join(map(description, scenes))
+    for (i, a), (j, b) in permutations(enumerate(scenes), 2):
         differing = [attribute for attribute, x, y in zip(ATTRIBUTES, a, b) if x != y]
         for attribute in ATTRIBUTES:
             yield Ask("same", (i, j), attribute), "no" if attribute in differing else "yes"
-        if len(differing) == 1:
-            yield Ask("changed", (i, j)), f"the {differing[0]}"
+        yield Ask("changed", (i, j)), listed([f"the {name}" for name in differing]) or NOTHING
 
 
 def random_question(scenes: list[Scene], rng: random.Random, topics: Iterable[str] = ()) -> tuple[Ask, str]:
-    """A random one of `questions`, of these topics if any are given. Of several images three in five compare."""
+    """A random one of `questions`, of these topics if any are given. With several images three in five compare."""
     table = {}
     for ask, answer in questions(scenes):
         table.setdefault(ask.topic, {}).setdefault(answer, []).append(ask)
-    compare = len(scenes) > 1 and rng.random() < .6
+    compare = rng.random() < (.6 if len(scenes) > 1 else .15)
     topic = rng.choice([topic for topic in topics if topic in table] or
                        [topic for topic in table if (topic in COMPARING) == compare])
     answer = rng.choice(list(table[topic]))         # All answers are equally likely, so no guess is the best.
@@ -120,57 +119,89 @@ def random_question(scenes: list[Scene], rng: random.Random, topics: Iterable[st
 
 def beside(n_shown: int, rng: random.Random) -> tuple[str, Ask, str]:
     """(topic, what is asked, answer) of a round that asks for what cannot be seen, or is small talk."""
-    topic = rng.choice(["hello", "absent", "absent", "outside"] if not n_shown
-                       else ["thanks", "hello", "absent", "absent", "absent", "absent", "outside", "outside"])
+    topic = rng.choice(["hello", "thanks", "bye", *["outside"] * 2, *["absent"] * 5])
     if topic != "absent":
-        return topic, Ask(topic, (rng.randrange(max(n_shown, 1)),)), dict(hello=HELLO, thanks=WELCOME,
+        return topic, Ask(topic, (rng.randrange(max(n_shown, 1)),)), dict(hello=HELLO, thanks=WELCOME, bye=GOODBYE,
                                                                           outside=OUTSIDE)[topic]
-    missing = rng.choice([n_shown, rng.randrange(n_shown, 9), rng.randrange(n_shown, 9), rng.randrange(9, 30)])
+    # The next image that could be there, any other up to nine, a high one, and now and then "image 0".
+    missing = rng.choice([n_shown, n_shown, rng.randrange(n_shown, 9), rng.randrange(n_shown, 9),
+                          rng.randrange(n_shown, 9), rng.randrange(9, 30), -1])
     about = rng.choice([*ABOUT_ONE, "same", "changed"] if n_shown else [*ABOUT_ONE, *COMPARING])
-    images = () if about in ("any", "which") else (missing,)
+    images = () if about in ("any", "which", "all") else (missing,)
     if about in ("same", "changed"):
         images = tuple(rng.sample([missing, rng.choice([i for i in range(9) if i != missing])], 2))
     value = rng.choice(list(ATTRIBUTES) if about == "same" else VALUES)
-    return topic, Ask(about, images, value), NO_SUCH if n_shown else NO_IMAGE
+    again = len(images) == 1 and rng.random() < .15
+    return topic, Ask(about, images, value, again), NO_SUCH if n_shown else NO_IMAGE
+
+
+def is_clear(ask: Ask, n_shown: int, focus: int | None) -> bool:
+    """Whether a question need not name its images, of n_shown so far.
+
+    That is so for the image that people talk about, focus, and for both or all images where there is none.
+    """
+    if ask.topic == "all":
+        return focus is None
+    return not n_shown or ask.images == (focus,) or n_shown == 2 and set(ask.images) == {0, 1}
+
+
+def names_of(ask: Ask, n_shown: int, alone: bool, rng: random.Random) -> list[str]:
+    """Names of the images that a question is about; alone: the last one was shown alone, so it is "the image"."""
+    if len(ask.images) == 1 and (alone and ask.images[0] == n_shown - 1 or not n_shown) and rng.random() < .4:
+        return [rng.choice(LATEST)]
+    return [name_of(image, image == n_shown - 1, rng) for image in ask.images]
+
+
+def question_again(scenes: list[Scene], last: Ask | None, image: int) -> tuple[Ask, str]:
+    """The last question, if it was about one image, asked again about this one, or else what it shows."""
+    ask = replace(last, images=(image,)) if last else Ask("describe", (image,))
+    return replace(ask, again=True), dict(questions(scenes))[replace(ask, again=False)]
 
 
 def dialogue(n_images: int, n_rounds: int, rng: random.Random, allowed: frozenset[Scene],
              wording: Wording = Wording(), n_beside: float = .15) -> tuple[list[Scene], list]:
     """A conversation: its scenes, and its rounds as (scenes of new images, topic, question, answer).
 
-    All images come by its middle, the first one in the first or second round. n_beside: the share of rounds that
-    are not about what an image shows, and of conversations that begin with such a round, before any image.
+    All images come by its middle. n_beside: the share of rounds that are not about what an image shows, and of
+    conversations that begin with such rounds, before any image.
     """
-    late = n_rounds > 3 and rng.random() < n_beside
-    starts = [int(late)] + [rng.choice([int(late), rng.randrange(int(late), n_rounds // 2 + 1)])
-                            for _ in range(n_images - 1)]
-    scenes, rounds, alone = [], [], False
+    middle = n_rounds // 2
+    first = rng.randint(1, middle) if rng.random() < n_beside else 0
+    starts = [first] + [rng.choice([first, rng.randint(first, middle)]) for _ in range(n_images - 1)]
+    scenes, rounds, alone, focus, last = [], [], False, None, None      # last: question, if about one image
     for i in range(n_rounds):
-        before = len(scenes)
+        new = []
         for _ in range(starts.count(i)):
-            scenes.append(random_scene(rng, scenes, allowed))
-        new = scenes[before:]
-        alone = len(new) == 1 if new else alone
+            new.append(random_scene(rng, scenes + new, allowed))
+        scenes += new
+        if new:
+            alone, focus = len(new) == 1, len(scenes) - 1 if len(new) == 1 else None
         if not scenes or rng.random() < n_beside:
             topic, ask, answer = beside(len(scenes), rng)
         else:
             ask, answer = random_question(scenes, rng)
+            if rng.random() < .15 and (new or len(scenes) > 1):
+                ask, answer = question_again(scenes, last, len(scenes) - 1 if new else rng.randrange(len(scenes)))
             topic = ask.topic
-        latest = len(scenes) - 1
-        names = [name_of(image, image == latest, rng) for image in ask.images]
-        # "The image" is clear where one was just shown alone; before the first one people say so, too.
-        short = not scenes or alone and ask.images == (latest,)
-        rounds.append((new, topic, wording.question(ask, names, short, rng), answer))
+        names = names_of(ask, len(scenes), alone, rng)
+        rounds.append((new, topic, wording.question(ask, names, is_clear(ask, len(scenes), focus), rng), answer))
+        if topic in (*ABOUT_ONE, *COMPARING, "absent"):
+            last = ask if topic in ABOUT_ONE else None
+            focus = 0 if len(scenes) == 1 else last and last.images[0]
     return scenes, rounds
 
 
 def different_questions(scenes: list[Scene], n: int, rng: random.Random) -> list[tuple[str, str]]:
-    """n random (question, answer), no two with the same question; a single image is "the image"."""
+    """n random (question, answer), no two with the same question; a single image is "the image".
+
+    Sources join records about one image into a conversation, so nothing is asked that others would change.
+    """
     found = {}
     while len(found) < n:
-        ask, answer = random_question(scenes, rng)
+        ask, answer = random_question(scenes, rng, ABOUT_ONE if len(scenes) == 1 else ())
         names = [rng.choice(LATEST) if len(scenes) == 1 else name_of(i, False, rng) for i in ask.images]
-        found[Wording().question(ask, names, len(scenes) == 1, rng)] = answer
+        found[Wording().question(ask, names, is_clear(ask, len(scenes), 0 if len(scenes) == 1 else None),
+                                 rng)] = answer
     return list(found.items())
 
 
@@ -309,8 +340,8 @@ def write_world(folder: Path, n: int, seed: int):
 
 
 def ensure(data: Path):
-    """Draw a data folder, unless it is there already."""
-    if not all((data / file).exists() for file in SOURCES["sparkles_dialogue"].files):      # written last
+    """Draw a data folder, unless the files of all datasets are there already."""
+    if not all((data / file).exists() for source in SOURCES.values() for file in source.files):
         write_world(data, N_CONVERSATIONS, seed=0)
 
 
