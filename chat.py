@@ -181,7 +181,7 @@ def answer_line(chat: Chat, line: str, waiting: list[Path]) -> list[Path]:
 
 
 def converse(chat: Chat, waiting: list[Path]) -> bool:
-    """Read lines until they end; a bad line is explained and changes nothing. Returns whether all lines were good."""
+    """Read lines until they end; a bad line is explained and changes nothing. Returns whether all were good."""
     print(HELP)
     good = True
     while True:
@@ -261,7 +261,8 @@ def open_chat(options: argparse.Namespace) -> Chat:
         print("the first answer without and the first one with an image wait for the compiler")
     print(f"{folder}: LLaMA-2 {config.size}, {wanted}, on {options.device.type}")
     album = Album(model, options.keep and options.keep / fingerprint(folder, config))
-    return Chat(model, Tokenizer(towers(config)[0], model.llama.config.vocab_size), album, options.temperature, options.top_p, step)
+    tokenizer = Tokenizer(towers(config)[0], model.llama.config.vocab_size)
+    return Chat(model, tokenizer, album, options.temperature, options.top_p, step)
 
 
 def main():

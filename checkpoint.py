@@ -3,13 +3,13 @@
     save      every rank writes its part of the moments and float32 masters; then one rename adds progress.json,
               which has a checksum of every file and its own
     killed    what was being written has no progress.json, and the checkpoint before it is whole
-    --resume  finds the newest whole one, checks that options and data are the same, and loads it, also with
-              another number of ranks
+    --resume  finds the newest whole one, checks that options, texts and names of images are the same, and loads
+              it, also with another number of ranks
 
 progress.json says how many steps are done, and the best validation loss. From the steps train.py knows the epoch
 and what is left of it, because seed and epoch alone give the order. No state of random numbers is kept: after the
-first weights training draws none. The frozen weights are never saved: they are in their own files. The end of a run
-removes its checkpoints. Side room of train.py.
+first weights training draws none. The frozen weights are never saved: they are in their own files. The end of a
+run removes its checkpoints. Side room of train.py.
 """
 import fcntl
 import hashlib
@@ -44,7 +44,7 @@ SAME = ("size", "attention", "llama", "vit", "datasets", "seed", "epochs", "batc
 class Stop:
     """Within `with`, Ctrl-C and SIGTERM do not end the process: they are noted, so that it can end well.
 
-    Another one at least three seconds later does end it, at once. Launchers pass signals on, so one may come twice.
+    Another one at least three seconds later ends it at once. (Launchers pass signals on, so one may come twice.)
     """
 
     def __enter__(self) -> "Stop":
@@ -86,7 +86,7 @@ def sums(parts: dict[str, Tensor]) -> dict[str, int]:
 
 
 def identity(conversations: Iterable[Conversation]) -> str:
-    """A checksum of what conversations say and show, wherever the data folder lies."""
+    """A checksum of what conversations say and of their images' names, wherever the data folder lies."""
     digest = hashlib.sha256()
     for conversation in conversations:
         for one in conversation.rounds:
@@ -118,8 +118,11 @@ def writing(folder: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
-        raise OSError(f"could not write into {folder}: {str(error).splitlines()[0]}. Make room there, or make it "
-                      "writable, and go on with --resume") from error
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise OSError(f"could not write into {folder}: {reason}. Make room there, or make it writable, and go on "
+                      "with --resume") from error
 
 
 # ---- checkpoints ----
@@ -133,7 +136,8 @@ def digests(folder: Path) -> dict[str, str]:
     return found
 
 
-def digest_of(state: dict) -> str:
+def sealed(state: dict) -> str:
+    """A checksum of what progress.json says."""
     return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
 
@@ -141,7 +145,7 @@ def read_progress(folder: Path) -> dict:
     """What progress.json of a checkpoint says; raises ValueError where not all is as it was written."""
     state = read_json(folder / PROGRESS)
     if (template := state.get("template", 1)) == TEMPLATE:      # else `latest` refuses it, whole or not
-        if state.pop("digest", None) != digest_of(state):
+        if state.pop("digest", None) != sealed(state):
             raise ValueError(f"{PROGRESS} is damaged, or of an older version of this code")
         if wrong := {name for name, _ in state["files"].items() ^ digests(folder).items()}:
             raise ValueError(f"{', '.join(sorted(wrong))} is damaged")
@@ -202,7 +206,7 @@ def save_checkpoint(engine, options: Options, progress: dict):
         state = {**progress, "ranks": dist.get_world_size(), "options": {n: getattr(options, n) for n in SAME},
                  "sums": sums(parts), "template": TEMPLATE, "files": digests(folder / tag)}
         with replacing(folder / tag / PROGRESS) as new:
-            new.write_text(json.dumps(state | {"digest": digest_of(state)}, indent=1))
+            new.write_text(json.dumps(state | {"digest": sealed(state)}, indent=1))
         for old in sorted(folder.glob("step-????????")):
             if int(old.name[5:]) not in progress["saved"]:
                 shutil.rmtree(old)
@@ -227,7 +231,8 @@ def load_checkpoint(engine, options: Options, progress: dict):
         for group, lr in zip(engine.optimizer.param_groups, engine.lr_scheduler.get_last_lr()):
             group["lr"] = lr
     if sums(trained(engine)) != progress["sums"]:
-        raise ValueError(f"{folder / tag} did not restore what is trained: delete it to go on from an older one")
+        raise ValueError(f"{folder}/step-{progress['step']:08d} did not restore what is trained: delete it to go "
+                         "on from an older one")
 
 
 def remove_checkpoints(options: Options):

@@ -154,9 +154,7 @@ class Pass:
     """What all layers of one forward pass share."""
     n_queries: int                  # so many tokens, the first ones of x, attend to others
     rope: Tensor                    # (2, L, 1, D)
-    # (number of the layer, q, k, v) to the output of attention, (L, H, D). `Attention` calls it. It is one of the
-    # two forms in mmca.py, which gets earlier keys and values from `Cache.extend`, if there is a cache.
-    attend: Callable
+    attend: Callable                # a form of attention (mmca.py): (number of the layer, q, k, v) to (L, H, D)
 
 
 class Attention(nn.Module):

@@ -2,7 +2,8 @@
 
     file ─► read_bytes ─► decoded (its first frame, upright) ─► read_image (RGB) ─► to_pixels (a square, uint8)
 
-Images come from strangers: what a file announces is read before it is decoded, and no file takes more than 600 MB.
+Images come from strangers: what a file announces is read before it is decoded, and reading one never takes more
+than 600 MB of memory.
 Side room of vit.py, whose input `normalized` makes of pixels.
 """
 import math
@@ -18,7 +19,8 @@ from torch import Tensor
 MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073])[:, None, None]      # CLIP's, over red, green, blue
 STD = torch.tensor([0.26862954, 0.26130258, 0.27577711])[:, None, None]
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")       # none that starts another program
-MAX_BYTES, MAX_PIXELS, ENOUGH = 200_000_000, 80_000_000, 2 ** 24     # of an image file; pixels that are kept
+MAX_BYTES, MAX_PIXELS = 200_000_000, 80_000_000                     # more is refused
+ENOUGH = 2 ** 24                                                     # of more pixels, so many are kept
 TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
          5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
          8: Image.Transpose.ROTATE_90}                          # for the values of EXIF's orientation
@@ -44,7 +46,7 @@ def decoded(file) -> Image.Image:
     try:
         with Image.open(BytesIO(found), formats=FORMATS) as image:
             announced = image.width * image.height              # read first, which costs nothing
-            most = MAX_PIXELS * 2 // 5 if image.format == "WEBP" else MAX_PIXELS    # Its reader keeps three copies.
+            most = MAX_PIXELS * 2 // 5 if image.format == "WEBP" else MAX_PIXELS    # its reader keeps copies
             if announced <= most:
                 if announced > ENOUGH:
                     image.draft(None, (image.width // 2, image.height // 2))    # JPEG can be decoded to half
@@ -81,8 +83,9 @@ def read_image(file) -> Image.Image:
     if image.mode.startswith("I") or image.mode == "F":                     # 16 or 32 bits: bring to 0..255
         values = np.nan_to_num(np.asarray(image, dtype=np.float32), posinf=0, neginf=0)
         brightest = values.max(initial=0)
-        # White is the greatest 16-bit value where the format tells, and else the least usual one that fits.
-        whites = [65535] if ";" in image.mode or image.format == "PPM" else [1, 255, 65535, brightest]
+        # White is 65535 where the format says 16 bits, else the smallest usual white that no value exceeds.
+        is_short = ";" in image.mode or (image.format == "PPM" and image.mode == "I")
+        whites = [65535] if is_short else [1, 255, 65535, brightest]
         white = next(value for value in whites if brightest <= value and (value > 1 or image.mode == "F"))
         image = Image.fromarray(np.rint(values * (255 / white)).clip(0, 255).astype(np.uint8))
     if image.has_transparency_data:

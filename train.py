@@ -43,8 +43,6 @@ from visualchat import IGNORE, ModelConfig, VisualChat, save, towers, whole_answ
 from vit import VisionTransformer
 from weights import replacing
 
-LOADER_SECONDS = 600            # after which a process that opens images counts as lost
-
 
 # ---- data ----
 
@@ -87,7 +85,7 @@ def ignore_signals(worker: int):
 
 
 def workers_that_fit(options: Options, conversations: Conversations, say: Callable[[str], None]) -> Options:
-    """The options, without workers where the batches they keep ready could fill the memory that processes share."""
+    """The options, without workers where the batches they keep ready could fill the memory they share with us."""
     shared, features, size = Path("/dev/shm"), conversations.features, conversations.vision.image_size
     if not options.workers or not shared.is_dir():
         return options
@@ -110,9 +108,9 @@ def loader(conversations: Conversations, indices: list[int], options: Options) -
         yield from DataLoader(conversations, per_rank(options, dist.get_world_size()), sampler=indices,
                               num_workers=options.workers, collate_fn=partial(pack, positions=options.positions),
                               worker_init_fn=ignore_signals, pin_memory=torch.cuda.is_available(),
-                              timeout=LOADER_SECONDS if options.workers else 0)
+                              timeout=600 if options.workers else 0)    # seconds, then a worker counts as lost
     except RuntimeError as error:
-        if "DataLoader" not in str(error):
+        if "DataLoader" not in str(error) or str(error).startswith("Caught"):       # that is a mistake in our code
             raise
         raise ValueError(f"the processes that open images failed: {str(error).splitlines()[0]} If the memory that "
                          "processes share, /dev/shm, is full, make it larger (in Docker with --shm-size), or take "
@@ -310,8 +308,7 @@ def fit(engine, train: Conversations, held_out: Conversations, options: Options,
     rows, blank = read_log(out / "log.csv", progress["step"]), blank_batch(train)
     (out / "checkpoints").mkdir(parents=True, exist_ok=True)
     started = time.monotonic() - (rows[-1]["seconds"] if rows else 0)
-    steps = len(train) // options.batch                         # what fills no batch is left for another epoch
-    per_step = per_rank(options, ranks)
+    steps, per_step = len(train) // options.batch, per_rank(options, ranks)     # steps of an epoch
 
     def save_progress():
         with writing(out):
@@ -357,9 +354,9 @@ def train_model(options: Options, progress: dict | None, say: Callable[[str], No
     model = build_model(options, config)
     tokenizer = Tokenizer(towers(config)[0], model.llama.config.vocab_size)
     train, held_out = load_data(options, config, tokenizer, model)
-    options = workers_that_fit(options, train, say)
-    steps = len(train) // options.batch * options.epochs
-    engine = engine_for(model, options, steps, universal=bool(progress) and progress["ranks"] != ranks)
+    options = workers_that_fit(workers_that_fit(options, train, say), held_out, say)
+    all_steps = len(train) // options.batch * options.epochs
+    engine = engine_for(model, options, all_steps, universal=bool(progress) and progress["ranks"] != ranks)
     known = identity([*train.conversations, *held_out.conversations])
     if progress:
         if progress["data"] != known:

@@ -162,7 +162,7 @@ def read_vision_config(path: Path, tensors: dict[str, Tensor]) -> VisionConfig:
     config = sizes(VisionConfig, found, path)
     if (config.image_size % config.patch_size or config.width % config.heads or config.output_dim % HEAD_DIM or
             config.n_queries != math.isqrt(config.n_queries) ** 2):
-        raise ValueError(f"{path} has sizes that do not divide each other: expected whole patches, equal heads, an "
+        raise ValueError(f"{path} has sizes that do not fit each other: expected whole patches, equal heads, an "
                          f"output_dim that {HEAD_DIM} divides and a square of queries; found {config}")
     return config
 

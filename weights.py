@@ -104,7 +104,7 @@ def shards(folder: Path, prefix: str) -> list[Path]:
 
 
 def is_whole(folder: Path) -> bool:
-    """Whether a folder holds a tower with all its files, or a training result. Of a Qwen-VL, the encoder is enough."""
+    """Whether a folder holds a training result or a whole tower; of a Qwen-VL, the encoder's files are enough."""
     if not (folder / "config.json").exists():
         return False
     try:
@@ -124,7 +124,8 @@ def find_weights(repository: str) -> Path:
     name = repository if repository.startswith("tiny/") else Path(repository).name
     local, beside = Path("weights") / name, HERE / "weights" / name
     cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    hub = os.environ.get("HF_HUB_CACHE") or os.path.join(os.environ.get("HF_HOME") or f"{cache}/huggingface", "hub")
+    home = os.environ.get("HF_HOME") or f"{cache}/huggingface"
+    hub = os.environ.get("HF_HUB_CACHE") or f"{home}/hub"
     cached = Path(hub).expanduser() / f"models--{repository.replace('/', '--')}" / "snapshots"
     folders = local, beside, *sorted(cached.glob("*"), key=os.path.getmtime, reverse=True)
     if whole := [folder for folder in folders if is_whole(folder)]:
@@ -132,7 +133,8 @@ def find_weights(repository: str) -> Path:
     begun = "".join(f"; {folder.absolute()} is not complete" for folder in folders if folder.exists())
     # LLaMA's repositories hold the weights in two formats; one is enough.
     once = " --exclude '*.bin'" if "Llama" in repository else ""
-    how = ("python -m tiny.pretrain" if repository.startswith("tiny/") else
+    how = ("python train.py --size tiny" if repository == "tiny/chat" else
+           "python -m tiny.pretrain" if repository.startswith("tiny/") else
            f"hf download {repository}{once} --local-dir {local}   (its license may have to be accepted first)")
     raise FileNotFoundError(f"no weights of {repository}: looked for {local.absolute()}, {beside} and {cached}"
                             f"{begun}. Get them with\n    {how}")
@@ -149,7 +151,7 @@ def check_pickle(path: Path):
     """Raises ValueError where a pickle is more than a table of tensors.
 
     `weights_only=True` keeps a pickle from running code, but lets a few bytes ask for any amount of memory, as in
-    bytearray(10 ** 10). So its names are read before it is.
+    bytearray(10 ** 10). So the names in it are checked first, and only then is it loaded.
     """
     with zipfile.ZipFile(path) as archive:
         table, = (file for file in archive.infolist() if file.filename.endswith("/data.pkl"))
@@ -178,7 +180,7 @@ def read_file(path: Path, prefix: str = "") -> dict[str, Tensor]:
         if not all(isinstance(tensor, Tensor) for tensor in pickled.values()):
             raise ValueError("not all of it is tensors")
         return {name: tensor for name, tensor in pickled.items() if name.startswith(prefix)}
-    except Exception as error:                      # damaged files make readers of pickles raise errors of all kinds
+    except Exception as error:                      # damaged files make readers raise errors of all kinds
         reason = printable(f"{type(error).__name__} {error}".splitlines()[0][:200])
         raise ValueError(f"{path} is damaged or holds no tensors, get it again: {reason}") from error
 

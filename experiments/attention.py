@@ -16,7 +16,7 @@ from statistics import mean
 from tiny.exam import read_marked, table
 
 COMPARED, ROOT = ("mmca", "causal"), Path(__file__).parents[1]
-COLUMNS = {"right": "", "weakest": ", weakest kind", "blind": ", gray images"}      # of `tiny.exam.table`
+COLUMNS = {"right": "", "weakest": ", weakest topic", "blind": ", gray images"}      # of `tiny.exam.table`
 
 
 def exam_of(attention: str, seed: int, out: Path, options: list[str]) -> dict[str, dict]:

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from safetensors import SafetensorError
 
-from checkpoint import PROGRESS, SAME, Stop, digest_of, digests, identity, latest, only_run, writing
+from checkpoint import PROGRESS, SAME, Stop, digests, identity, latest, only_run, sealed, writing
 from data import Conversation, Round
 from recipe import Options
 from training import ROOT, SCRIPT, at, at_once, begin, finish, wait_for
@@ -141,7 +141,7 @@ def write_checkpoint(out: Path, step: int) -> Path:
         (folder / name).write_bytes(f"{name} {step}".encode() * 100)
     state = {"step": step, "saved": [step], "ranks": 1, "template": TEMPLATE, "files": digests(folder),
              "options": {name: getattr(options, name) for name in SAME}}
-    (folder / PROGRESS).write_text(json.dumps(state | {"digest": digest_of(state)}, indent=1))
+    (folder / PROGRESS).write_text(json.dumps(state | {"digest": sealed(state)}, indent=1))
     return folder
 
 

@@ -174,7 +174,8 @@ def test_metadata_that_cannot_be_read_refuses_no_image():
 def test_a_mistyped_exif_tag_leaves_the_orientation_readable():
     exif = Image.Exif()
     exif[0x0112], exif[0x010F] = 6, "x"
-    assert read_image(saved(flat("RGB", 0), "JPEG", exif=exif.tobytes().replace(b"x\0", b"\xff\xfe"))).size == (4, 6)
+    mistyped = exif.tobytes().replace(b"x\0", b"\xff\xfe")
+    assert read_image(saved(flat("RGB", 0), "JPEG", exif=mistyped)).size == (4, 6)
 
 
 @pytest.mark.parametrize("values, expected", [
@@ -191,6 +192,12 @@ def test_floats_are_scaled_by_the_least_usual_white_that_fits(values, expected):
 def test_32_bit_integers_likewise(values, expected):
     image = Image.fromarray(np.array([values], dtype=np.int32))
     assert np.asarray(read_image(saved(image, "TIFF")))[0, :, 0].tolist() == expected
+
+
+def test_a_float_map_of_netpbm_is_scaled_like_other_floats():
+    for values, expected in (([0, 1], [0, 255]), ([0, 1e6], [0, 255])):
+        found = read_image(File(b"Pf 2 1 -1\n" + struct.pack("<ff", *values)))
+        assert np.asarray(found)[0, :, 0].tolist() == expected
 
 
 def test_a_dark_16_bit_pgm_stays_dark():

@@ -100,7 +100,7 @@ def test_the_share_of_rounds_beside_the_images_and_the_late_start():
     assert 0.12 < beside / 2400 < 0.24 and 0.08 < 1 - first[0] / 400 < 0.25
     assert set(first) == {0, 1, 2, 3}                   # people may ask several times before they show an image
     assert all(topic in (*ABOUT_ONE, *COMPARING) for _ in range(50)
-               for _, topic, *_ in world.dialogue(2, 6, rng, world.SEEN, n_beside=0)[1])
+               for _, topic, *_ in world.dialogue(2, 6, rng, world.SEEN, beside_share=0)[1])
 
 
 def test_no_topic_of_question_can_be_guessed():

@@ -132,7 +132,7 @@ def test_the_best_result_is_that_of_the_lowest_validation_loss(monkeypatch, tmp_
     monkeypatch.setattr(train, "dist", SimpleNamespace(
         get_rank=lambda: 0, get_world_size=lambda: 1, all_reduce=lambda *_: None, ReduceOp=SimpleNamespace(MAX=0)))
     for name, stand_in in (
-            ("blank_batch", lambda _: {}), ("loader", lambda *_: [[]]), ("update_bar", lambda *_: None),
+            ("blank_batch", lambda _: {}), ("loader", lambda *_: iter([[]])), ("update_bar", lambda *_: None),
             ("evaluate", lambda *_: (next(checks), 0.5)), ("save_checkpoint", lambda *_: None),
             ("checked_step", lambda *rest: rest[-1] | {"seconds": 0}),
             ("save_result", lambda *_, is_best: kept.append(is_best))):
@@ -158,7 +158,7 @@ def test_the_share_of_what_cards_can_do():
 
 
 def test_absent_weights_are_asked_for_by_name(world):
-    done = subprocess.run([sys.executable, SCRIPT, "--size", "7b", "--llama", "", "--out", "out/7b"], cwd=world,
+    done = subprocess.run([sys.executable, SCRIPT, "--size", "7b", "--llama", "", "--out", "out/none"], cwd=world,
                           env={**os.environ, "HF_HOME": str(world / "none")}, capture_output=True, text=True)
     assert done.returncode != 0 and "Traceback" not in done.stderr
     for part in ("weights/Llama-2-7b-hf", str(world / "none"), "hf download meta-llama/Llama-2-7b-hf"):

@@ -6,8 +6,8 @@
 Every conversation of the test sets is held as in chat.py, with the model's own answers in its history; one set
 asks in phrases that training never shows. An answer counts if it is right word for word. The first two test sets
 come once more with every image gray ("blind"), to show how much can be guessed. One more set, tiny/people.json, is
-about the three images of examples/. It was written without seeing any of the phrases, from README's list of what can
-be asked. eval.csv in the result's folder gets every answer. Before: tiny/world.py, which draws the test sets.
+about the three images of examples/. It was written without seeing any of the phrases, from README's list of what
+can be asked. eval.csv in the result's folder gets every answer. Before: tiny/world.py, which draws the test sets.
 """
 import csv
 import math
@@ -26,7 +26,7 @@ from data import Encoded, Round, collate, encode, encode_round, to_tensors
 from llama import Cache, Tokenizer
 from sources import COCO, DIALOGUE, Reader, llava
 from tiny.wording import BESIDE, REFUSALS
-from tiny.world import DATA, TESTS, ensure_tests
+from tiny.world import DATA, ensure_tests
 from visualchat import VisualChat, load, towers
 from weights import read_json, replacing
 
@@ -223,7 +223,8 @@ def main():
     """Examine a result; what cannot be read ends the program with one line."""
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, help="folder of a training result; default the newest under out/")
-    parser.add_argument("--data", type=Path, default=DATA, help="the test sets lie in its folder tests")
+    parser.add_argument("--data", type=Path, default=DATA,
+                        help="the test sets lie in its folder tests, and are drawn there if absent")
     options = parser.parse_args()
     try:
         folder = options.model or newest(Path("out"))
@@ -231,10 +232,13 @@ def main():
         marked = run_exam(model, Tokenizer(towers(config)[0], model.llama.config.vocab_size), options.data)
     except (OSError, ValueError) as error:
         sys.exit(f"tiny/exam.py: {error}")
-    write_marked(marked, folder / "eval.csv")
-    print(f"{folder}, {config.attention} attention, {len(marked)} questions of {len(TESTS)} test sets; "
-          f"{folder / 'eval.csv'} has every answer")
+    print(f"{folder}, {config.attention} attention, {len(marked)} questions of "
+          f"{len({one.test for one in marked})} test sets; {folder / 'eval.csv'} has every answer")
     print(table_text(table(marked)))
+    try:
+        write_marked(marked, folder / "eval.csv")
+    except OSError as error:
+        sys.exit(f"tiny/exam.py: {error}")
 
 
 if __name__ == "__main__":

@@ -132,8 +132,9 @@ PHRASES = {
             "In any of them, is there {what}?", "Has any of the images {what}?", "Does one image show {what}?",
             "Say if there is {what}.", "{what}, is there one?", "Do we see {what} or not?",
             "Tell me if you see {what}.", "Do any of them show {what}?", "Any {several}?",
-            "Are there any {several}?", "Are there {several}?", "Do you see any {several}?", "Is any of them {is}?",
-            "Is one of them {is}?", "Are any of them {is}?", "Is anything {is}?", "Is there one that is {is}?",
+            "Are there any {several}?", "Are there {several}?", "Do you see any {several}?",
+            "Is any of them {is}?", "Is one of them {is}?", "Are any of them {is}?", "Is anything {is}?",
+            "Is there one that is {is}?",
             "Can you see any {several}?", "Are there {several} in the images?", "Is any image {is}?"],
     "which": ["Which image shows {what}?", "Which image has {what}?", "In which image is {what}?",
               "Which picture shows {what}?", "Which of the images shows {what}?", "Which one has {what}?",
@@ -274,7 +275,7 @@ IT = ("the shape in {name}", "the shape in {name}", "{name}", "the object in {na
 LATEST = ("the image", "the image", "the picture", "the photo", "this image", "this picture", "the img", "this",
           "this one", "the pic", "this photo")
 # Questions about what was talked about last that name nothing. Likewise about both images, where two were shown so
-# far, and about all images, where several were just shown together.
+# far, and about all images, while nobody talks about a single one.
 NAMELESS = {"size": ("What size?", "How big?", "And the size?", "Size?"),
             "color": ("What color?", "And the color?", "Color?"),
             "shape": ("What shape?", "And the shape?", "Shape?"),

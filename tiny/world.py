@@ -1,13 +1,13 @@
 """The tiny world: drawn images of one shape each, conversations about them, and the files of all nine datasets.
 
-    Scene ("big", "red", "star", "left") ─┬─► draw_scene ─► image file ─────────────┬─► record of a dataset
-                                          └─► dialogue ───► questions and answers ──┘
+    Scene ("big", "red", "circle", "left") ─┬─► draw_scene ─► image file ─────────────┬─► record of a dataset
+                                            └─► dialogue ───► questions and answers ──┘
 
 It stands in for the real data. Its files have the formats of the real ones, so `--size tiny` runs the same code as
 `--size 70b`. The same seed always draws the same files. Some pairs of color and shape never occur where train.py
 learns, and the test set `unseen` shows only these; both towers saw them when they were pre-trained.
-`python -m tiny.world` draws data/tiny and examples/ in under a minute. Before: sources.py, which reads such files.
-Next: tiny/pretrain.py.
+`python -m tiny.world` draws data/tiny and examples/ in under a minute. Before: sources.py, which reads such files,
+and tiny/wording.py. Next: tiny/pretrain.py.
 """
 import base64
 import json
@@ -118,7 +118,10 @@ def random_question(scenes: list[Scene], rng: random.Random, topics: Iterable[st
 
 
 def beside(n_shown: int, rng: random.Random) -> tuple[str, Ask, str]:
-    """(topic, what is asked, answer) of a round that asks for what cannot be seen, or is small talk."""
+    """(topic of the round, what is asked, answer) where it asks for what cannot be seen, or is small talk.
+
+    Of an "absent" round, the topic of what is asked says which question it is.
+    """
     topic = rng.choice(["hello", "thanks", "bye", *["outside"] * 2, *["absent"] * 5])
     if topic != "absent":
         return topic, Ask(topic, (rng.randrange(max(n_shown, 1)),)), dict(hello=HELLO, thanks=WELCOME, bye=GOODBYE,
@@ -138,7 +141,8 @@ def beside(n_shown: int, rng: random.Random) -> tuple[str, Ask, str]:
 def is_clear(ask: Ask, n_shown: int, focus: int | None) -> bool:
     """Whether a question need not name its images, of n_shown so far.
 
-    That is so for the image that people talk about, focus, and for both or all images where there is none.
+    That is so for focus, the image that people talk about; for all images while there is no focus; and for both
+    where two were shown.
     """
     if ask.topic == "all":
         return focus is None
@@ -159,14 +163,14 @@ def question_again(scenes: list[Scene], last: Ask | None, image: int) -> tuple[A
 
 
 def dialogue(n_images: int, n_rounds: int, rng: random.Random, allowed: frozenset[Scene],
-             wording: Wording = Wording(), n_beside: float = .15) -> tuple[list[Scene], list]:
+             wording: Wording = Wording(), beside_share: float = .15) -> tuple[list[Scene], list]:
     """A conversation: its scenes, and its rounds as (scenes of new images, topic, question, answer).
 
-    All images come by its middle. n_beside: the share of rounds that are not about what an image shows, and of
+    All images come by its middle. beside_share: the share of rounds that are not about what an image shows, and of
     conversations that begin with such rounds, before any image.
     """
     middle = n_rounds // 2
-    first = rng.randint(1, middle) if rng.random() < n_beside else 0
+    first = rng.randint(1, middle) if rng.random() < beside_share else 0
     starts = [first] + [rng.choice([first, rng.randint(first, middle)]) for _ in range(n_images - 1)]
     scenes, rounds, alone, focus, last = [], [], False, None, None      # last: question, if about one image
     for i in range(n_rounds):
@@ -176,7 +180,7 @@ def dialogue(n_images: int, n_rounds: int, rng: random.Random, allowed: frozense
         scenes += new
         if new:
             alone, focus = len(new) == 1, len(scenes) - 1 if len(new) == 1 else None
-        if not scenes or rng.random() < n_beside:
+        if not scenes or rng.random() < beside_share:
             topic, ask, answer = beside(len(scenes), rng)
         else:
             ask, answer = random_question(scenes, rng)
@@ -340,7 +344,7 @@ def write_world(folder: Path, n: int, seed: int):
 
 
 def ensure(data: Path):
-    """Draw a data folder, unless the files of all datasets are there already."""
+    """Draw a data folder, unless all files are there already, by whatever phrases they were made."""
     if not all((data / file).exists() for source in SOURCES.values() for file in source.files):
         write_world(data, N_CONVERSATIONS, seed=0)
 
