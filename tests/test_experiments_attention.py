@@ -25,8 +25,8 @@ def test_the_table_has_mean_and_range_of_the_seeds(tmp_path, monkeypatch, capsys
     monkeypatch.setattr(sys, "argv", ["attention.py", "--seeds", "0", "1", "--out", str(tmp_path)])
     attention.main()
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == ("| | questions | mmca | mmca, weakest kind | mmca, gray images | causal "
-                        "| causal, weakest kind | causal, gray images |")
+    assert lines[0] == ("| | questions | mmca | mmca, weakest topic | mmca, gray images | causal "
+                        "| causal, weakest topic | causal, gray images |")
     mmca, causal = "95.0 (90.0 to 100.0)", "55.0 (50.0 to 60.0)"
     shares = " | ".join((mmca, mmca, "0.0 (0.0 to 0.0)", causal, causal, "0.0 (0.0 to 0.0)"))
     assert lines[2] == f"| seen pairs, one image | 20 | {shares} |"

@@ -68,8 +68,7 @@ def test_auxiliary_heads_are_asked_at_the_right_tokens():
         ("image", "<0x0A>", [1, *second]), ("name", "▁a", [1, *first]), ("name", "nd", [1, *second]),
         ("pair", "nd", [1, 0, 1, 0]), ("topic", ":", [TOPICS.index("same")]),
         ("value", "▁large", [1, 1, *none]), ("topic", ":", [TOPICS.index("which")]),
-        ("name", "▁it", [1, *second]), ("name", "▁2", [1, *second]), ("pair", "▁2", [1, 1, 1, 1]),
-        ("name", "3", [0] + [IGNORE] * 4), ("topic", ":", [TOPICS.index("absent")])]
+        ("name", "▁2", [1, *second]), ("name", "3", [0] + [IGNORE] * 4), ("topic", ":", [TOPICS.index("absent")])]
 
 
 def test_words_of_a_scene_stand_at_its_image_positions():
@@ -208,7 +207,7 @@ def test_a_linear_probe_reads_all_attributes_from_the_shipped_vit():
 def test_the_shipped_llama_reads_written_scenes():
     llama = Llama.from_pretrained(WEIGHTS / "llama", dtype=torch.float32)
     table = pretrain.reading(llama, Tokenizer(WEIGHTS / "llama"), 400)
-    for group, bar in (("no or one", 0.98), ("two or three", 0.97), ("four to eight", 0.95)):
+    for group, bar, least in (("no or one", 0.98, 0.9), ("two or three", 0.97, 0.9), ("four to eight", 0.95, 0.7)):
         right = [right for answers in table[group].values() for right in answers]
         assert sum(right) / len(right) >= bar
-        assert all(sum(right) / len(right) >= 0.85 for right in table[group].values() if len(right) >= 20)
+        assert all(sum(right) / len(right) >= least for right in table[group].values() if len(right) >= 20)
