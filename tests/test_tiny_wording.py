@@ -116,8 +116,8 @@ def test_a_name_means_its_image_for_readers_and_for_the_auxiliary_heads():
 
 def test_the_header_of_an_image_is_no_name():
     assert named_image(["###", "Image", "2"], 0) is named_image(["an", "image", "bc"], 0) is None
-    assert named_image(["the", "image"], 4) == named_image(["newest", "pic"], 4) == named_image(["this", "photo"], 4)
-    assert named_image(["this", "photo"], 4) == 4 and named_image(["it"], 4) is None    # what was talked about last
+    assert [named_image(words.split(), 4) for words in ("the image", "newest pic", "this photo")] == [4, 4, 4]
+    assert named_image(["it"], 4) is None                       # is what was talked about last
 
 
 def test_topics_are_those_of_one_image_of_several_and_of_none():
