@@ -3,8 +3,7 @@
     file ─► read_bytes ─► decoded (its first frame, upright) ─► read_image (RGB) ─► to_pixels (a square, uint8)
 
 Images come from strangers: what a file announces is read before it is decoded, and reading one never takes more
-than 600 MB of memory.
-Side room of vit.py, whose input `normalized` makes of pixels.
+than 600 MB of memory. Side room of vit.py, whose input `normalized` makes of pixels.
 """
 import math
 import warnings
@@ -62,13 +61,13 @@ def decoded(file) -> Image.Image:
         turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
     except Exception:                                           # all kinds, too: bad EXIF, but a good image
         turn = None
-    format = image.format
+    opened = image
     if (shrink := (ENOUGH / (image.width * image.height)) ** .5) < 1:
         # The nearest pixel, which needs no memory of its own in any mode; `to_pixels` takes means of what is left.
         image = image.resize((math.ceil(image.width * shrink), math.ceil(image.height * shrink)),
                              Image.Resampling.NEAREST)
     image = image if turn is None else image.transpose(turn)
-    image.format = format                                       # copies lose it
+    image.format = opened.format                                # copies lose it
     return image
 
 
