@@ -30,6 +30,23 @@ def digest_of(image: ImageFile) -> str:
     return hashlib.sha256(read_bytes(image)).hexdigest()
 
 
+def write_tensor(file: Path, name: str, values: Tensor):
+    """A safetensors file of one tensor and its checksum."""
+    values = values.cpu().contiguous()
+    checksum = torch.tensor(zlib.crc32(values.view(torch.uint8).numpy()))
+    with replacing(file) as unfinished:
+        save_file({name: values, "checksum": checksum}, unfinished)
+
+
+def read_tensor(file: Path, name: str, shape: tuple[int, ...]) -> Tensor:
+    """What `write_tensor` wrote; raises ValueError where the file holds anything else."""
+    found = read_file(file)
+    if found.keys() != {name, "checksum"} or found[name].shape != shape or found["checksum"].numel() != 1 or (
+            zlib.crc32(found[name].contiguous().view(torch.uint8).numpy()) != found["checksum"].item()):
+        raise ValueError(f"{file} is damaged, or does not hold {name} {shape}: delete it")
+    return found[name]
+
+
 # ---- for training ----
 
 class KeptFeatures:
@@ -40,7 +57,7 @@ class KeptFeatures:
     """
 
     def __init__(self, folder: Path, vit: VisionTransformer):
-        digest = hashlib.sha256(f"2 {vit.config}".encode())     # increase this 2 when load_pixels changes
+        digest = hashlib.sha256(f"3 {vit.config}".encode())     # count up when load_pixels or the files change
         for name, tensor in vit.state_dict().items():
             digest.update(name.encode())
             digest.update(tensor.contiguous().flatten().view(torch.uint8).cpu().numpy())
@@ -53,10 +70,7 @@ class KeptFeatures:
         """(n_queries, output_dim) in FP16; raises ValueError where there is no file or it holds something else."""
         if not (file := self.file(image)).exists():
             raise ValueError(f"no features were kept of {image}: it could not be read")
-        found = read_file(file)
-        if set(found) != {"features"} or found["features"].shape != self.shape:
-            raise ValueError(f"{file} holds no features {self.shape} of {image}: delete it")
-        return found["features"]
+        return read_tensor(file, "features", self.shape)
 
     @torch.no_grad()
     def fill(self, images: list[ImageFile], vit: VisionTransformer, skip_bad: bool = False, n: int = 16):
@@ -82,8 +96,7 @@ class KeptFeatures:
                     pixels = torch.stack([pixels for _, pixels in new]).to(weight.device)
                     features = vit(normalized(pixels, weight.dtype)).half().cpu()
                     for (file, _), values in zip(new, features):
-                        with replacing(file) as unfinished:
-                            save_file({"features": values.clone()}, unfinished)
+                        write_tensor(file, "features", values.clone())
 
 
 # ---- for chat ----
@@ -94,10 +107,6 @@ def fingerprint(folder: Path, config: ModelConfig) -> str:
     for file in (file for tower in towers(config) for file in sorted(tower.iterdir())):
         digest.update(f"{file.absolute()} {file.stat().st_size} {file.stat().st_mtime_ns}".encode())
     return digest.hexdigest()[:16]
-
-
-def checksum(values: Tensor) -> int:
-    return zlib.crc32(values.view(torch.uint8).numpy())
 
 
 class Album:
@@ -127,10 +136,8 @@ class Album:
             llama = self.model.llama.config
             expected = (llama.num_hidden_layers, 2, llama.num_key_value_heads, self.model.vit.config.n_queries,
                         llama.head_dim)
-            with contextlib.suppress(ValueError, KeyError, RuntimeError):
-                found = read_file(file)
-                if found["image_kv"].shape == expected and checksum(found["image_kv"]) == found["checksum"].item():
-                    self.remember(digest, found["image_kv"].to(self.model.projection.weight))
+            with contextlib.suppress(ValueError):
+                self.remember(digest, read_tensor(file, "image_kv", expected).to(self.model.projection.weight))
         return self.known.get(digest)
 
     def find_all(self, digests: list[str]) -> Tensor | None:
@@ -149,6 +156,4 @@ class Album:
         """Write the new images to the folder; raises OSError where that fails, and does not try them again."""
         unsaved, self.unsaved = self.unsaved, []
         for digest, image_kv in unsaved if self.folder else ():
-            image_kv = image_kv.cpu().contiguous()
-            with replacing(self.folder / f"{digest}.safetensors") as file:
-                save_file({"image_kv": image_kv, "checksum": torch.tensor(checksum(image_kv))}, file)
+            write_tensor(self.folder / f"{digest}.safetensors", "image_kv", image_kv)

@@ -89,6 +89,8 @@ class Chat:
                     self.album.add(digests, self.cache.newest_images(tokens.shape[0] * tokens.shape[1]))
             else:
                 logits = model.prefill(model.llama.embed_tokens(ids), kind, self.cache, image_kv=known)
+            if not logits.isfinite().all():
+                raise ValueError("the model computes values that are no finite numbers: are its weights damaged?")
         except BaseException:                                   # Ctrl-C, too
             self.cache.past = before
             raise

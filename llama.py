@@ -265,7 +265,7 @@ def read_llama_config(path: Path) -> LlamaConfig:
                        ("rope_type", "default"), ("tie_word_embeddings", False), ("attention_bias", False),
                        ("mlp_bias", False)):
         if found.get(name, only) != only:
-            raise ValueError(f"{path}: {name} is {found[name]!r}, a LLaMA-2 has {only!r}")
+            raise ValueError(f"{path}: {name} is {found[name]!r:.60}, a LLaMA-2 has {only!r}")
     found.setdefault("num_key_value_heads", found.get("num_attention_heads"))     # absent in old 7b and 13b files
     config = sizes(LlamaConfig, found, path)
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
@@ -377,7 +377,7 @@ class Tokenizer:
             raise FileNotFoundError(f"no {path}: it comes with the LLaMA-2 weights")
         try:
             self.model = SentencePieceProcessor(model_file=str(path))
-        except RuntimeError as error:
+        except (RuntimeError, UnicodeDecodeError) as error:     # the second where its message holds stray bytes
             raise ValueError(f"{path} is no sentencepiece model, get it again: {error}") from error
         self.bos, self.eos = self.model.bos_id(), self.model.eos_id()
         if min(self.bos, self.eos) < 0 or (rows and self.model.vocab_size() > rows):

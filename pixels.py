@@ -71,14 +71,8 @@ def decoded(file) -> Image.Image:
     return image
 
 
-def read_image(file) -> Image.Image:
-    """An RGB image: the first frame, upright as EXIF says, transparent parts on white, 16 and 32 bits scaled to 8.
-
-    It takes at most 600 MB, so an image of more than ENOUGH pixels is reduced and one of more than MAX_PIXELS
-    refused. file: a Path, or anything else with `read_bytes()` and a str() that names it, as sources.EncodedImage.
-    Raises FileNotFoundError for no file and ValueError that names it for a damaged, huge or other file.
-    """
-    image = decoded(file)
+def as_rgb(image: Image.Image) -> Image.Image:
+    """Transparent parts on white, 16 and 32 bits scaled to 8."""
     if image.mode.startswith("I") or image.mode == "F":                     # 16 or 32 bits: bring to 0..255
         values = np.nan_to_num(np.asarray(image, dtype=np.float32), posinf=0, neginf=0)
         brightest = values.max(initial=0)
@@ -91,6 +85,20 @@ def read_image(file) -> Image.Image:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
+
+
+def read_image(file) -> Image.Image:
+    """An RGB image: the first frame, upright as EXIF says, transparent parts on white, 16 and 32 bits scaled to 8.
+
+    It takes at most 600 MB, so an image of more than ENOUGH pixels is reduced and one of more than MAX_PIXELS
+    refused. file: a Path, or anything else with `read_bytes()` and a str() that names it, as sources.EncodedImage.
+    Raises FileNotFoundError for no file and ValueError that names it for a damaged, huge or other file.
+    """
+    image = decoded(file)
+    try:
+        return as_rgb(image)
+    except Exception as error:                                  # such as an assertion about a palette
+        raise ValueError(f"{file} is no readable image: {type(error).__name__} {error}") from error
 
 
 def to_pixels(image: Image.Image, size: int = 448) -> Tensor:

@@ -15,6 +15,7 @@ import os
 import random
 import re
 import sys
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
@@ -64,13 +65,13 @@ class Reader:
     def each(self, file: Path, records: Iterable[tuple[str, object]], parse: Callable) -> Iterator[Conversation]:
         """The rounds that `parse` makes of each (key, record), as a conversation that is named by file and key."""
         for key, record in records:
-            name = f"{file}, record {key if str(key).isprintable() else ascii(key)}"
+            name = f"{file}, record {printable(str(key))[:80]}"
             try:
                 conversation = Conversation(name, parse(record))
             except LeftOut as reason:
                 self.left_out[str(reason)] += 1
             except ValueError as error:
-                message = printable(f"{name}: {error}")
+                message = printable(f"{name}: {str(error)[:500]}")
                 if not self.skip_bad:
                     raise ValueError(f"{message}. Correct it, or leave it out with --skip-bad") from error
                 self.bad.append(message)
@@ -258,7 +259,11 @@ def scan(file: Path) -> Iterator[tuple[str, int, int]]:
             end = find_quote(stream, start)
             if end < 0 or read(end - 1, 1) == b"\\":            # The text does not end, or has a quote in it.
                 break
-            yield json.loads(b'"%b"' % entry["key"]), start, end - start
+            try:
+                key = json.loads(b'"%b"' % entry["key"])
+            except ValueError as error:
+                raise ValueError(f"{file}: the key at byte {done} is no JSON text: {error}") from error
+            yield key, start, end - start
             done, opening, closing = end + 1, b",", b"}"
             bar.update(done - bar.n)
         rest = read(done, HEAD_SIZE)
@@ -314,6 +319,10 @@ def json_from_parquet(file: Path):
         out.write("}" if before != "{" else "{}")
 
 
+def checksum(texts: dict) -> int:
+    return zlib.crc32(json.dumps(texts).encode())
+
+
 def encoded_images(file: Path) -> dict[str, EncodedImage]:
     """The images in a JSON object of base64 texts, by key; none of them is read.
 
@@ -325,15 +334,14 @@ def encoded_images(file: Path) -> dict[str, EncodedImage]:
     index, state = file.with_name(f"{file.name}.index"), [file.stat().st_size, file.stat().st_mtime_ns]
     try:
         found = read_json(index)
-        if found["state"] == state and all(0 <= start <= start + length <= state[0]
-                                           for start, length in found["texts"].values()):
+        if found["state"] == state and found["checksum"] == checksum(found["texts"]):
             return {key: EncodedImage(file, key, *place) for key, place in found["texts"].items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         pass                                                    # There is none yet, or it is damaged.
     places = {key: (start, length) for key, start, length in scan(file)}
     try:
         with replacing(index) as new:
-            new.write_text(json.dumps({"state": state, "texts": places}))
+            new.write_text(json.dumps({"state": state, "texts": places, "checksum": checksum(places)}))
     except OSError as error:                                    # A data folder may be read-only.
         print(f"{index} could not be written, so every start scans {file.name}: {error}", file=sys.stderr)
     return {key: EncodedImage(file, key, *place) for key, place in places.items()}

@@ -10,8 +10,9 @@ Trained are the projection and LLaMA's token embedding, and only they are saved 
 Before: mmca.py, llama.py, vit.py. Next: data.py, which makes ids, kind, labels and images.
 """
 import json
+import os
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -178,8 +179,13 @@ def build(config: ModelConfig, dtype=torch.float32, device="cpu") -> VisualChat:
 
 
 def save(folder: Path, trained: dict[str, Tensor], config: ModelConfig):
-    """Write a training result: the trained tensors by their names in VisualChat, and the configuration."""
+    """Write a training result: the trained tensors by their names in VisualChat, and the configuration.
+
+    It names the towers' folders by absolute paths, so that they are found from any working folder.
+    """
     folder.mkdir(parents=True, exist_ok=True)
+    llama, vit = (path and str(Path(path).absolute()) for path in (config.llama, config.vit))
+    config = replace(config, llama=llama, vit=vit)
     with replacing(folder / TRAINED) as weights, replacing(folder / CONFIG) as settings:
         save_file({name: t.detach().cpu().contiguous() for name, t in trained.items()}, weights)
         settings.write_text(json.dumps(asdict(config) | {"template": TEMPLATE}, indent=2) + "\n")
@@ -206,11 +212,17 @@ def load(folder: Path, dtype=torch.float32, device="cpu") -> tuple[VisualChat, M
                                     "has not ended; `python train.py --size tiny` makes out/tiny")
     found = read_json(folder / CONFIG)
     if (template := found.pop("template", 1)) != TEMPLATE:
-        raise ValueError(f"{folder} was trained with version {template} of the prompt template, and data.py has "
-                         f"version {TEMPLATE}: train it again")
-    if unknown := set(found) - {field.name for field in fields(ModelConfig)}:
-        raise ValueError(f"{folder / CONFIG} has unknown settings: {', '.join(sorted(unknown))}")
+        raise ValueError(f"{folder / CONFIG} was trained with version {template!r:.40} of the prompt template, and "
+                         f"data.py has version {TEMPLATE}: train it again")
+    settings, known = {field.name for field in fields(ModelConfig)}, {"size": REPOSITORIES, "attention": ATTENTION}
+    if wrong := [f"{name!r:.40}: {value!r:.60}" for name, value in found.items()
+                 if name not in settings or not isinstance(value, str) or value not in known.get(name, [value])]:
+        raise ValueError(f"{folder / CONFIG} has {', '.join(wrong[:6])}; expected the texts "
+                         f"{', '.join(sorted(settings))}, the size one of {', '.join(REPOSITORIES)} and the "
+                         f"attention one of {', '.join(ATTENTION)}")
     config = ModelConfig(**found)
+    if absent := [path for path in (config.llama, config.vit) if path and not os.path.isdir(path)]:
+        raise FileNotFoundError(f"{folder / CONFIG} names {absent[0]!r:.400}, which is no folder: correct it there")
     model = build(config, dtype, device)
     load_trained(model, read_file(folder / TRAINED), folder / TRAINED)
     return model, config

@@ -7,7 +7,6 @@ every name and every shape must fit, and every value be a number. The helpers at
 Side room of llama.py and vit.py, which say what their folders hold.
 """
 import json
-import math
 import os
 import pickletools
 import zipfile
@@ -60,19 +59,19 @@ def sizes(kind: type, found: dict, source: Path):
     """The dataclass `kind`, whose fields are all int or float, from what a configuration says.
 
     Raises ValueError where a value is absent that has no default, or is none that a model could have: a whole
-    number from 1 to 2²⁰, at most 1,000 layers, where the field is an int, else a finite number above 0.
+    number from 1 to 2²⁰, at most 1,000 layers, where the field is an int, else a number above 0, at most 10¹².
     """
     bad = []
     for field in fields(kind):
-        value, most = found.get(field.name), 1000 if "layers" in field.name else 2 ** 20
-        if field.name in found and not (type(value) in (int, field.type) and 0 < value < math.inf
-                                        and (field.type is float or value <= most)):
-            bad.append(f"{field.name} {value!r}")
+        value, most = found.get(field.name), 1e12 if field.type is float else 2 ** 20
+        most = 1000 if "layers" in field.name else most
+        if field.name in found and not (type(value) in (int, field.type) and 0 < value <= most):
+            bad.append(f"{field.name} {value!r:.60}")
     if bad:
         raise ValueError(f"{source} has {', '.join(bad)}, expected positive numbers, whole and not huge ones for "
                          "sizes")
     try:
-        return kind(**{field.name: found[field.name] for field in fields(kind) if field.name in found})
+        return kind(**{field.name: field.type(found[field.name]) for field in fields(kind) if field.name in found})
     except TypeError as error:
         raise ValueError(f"{source} lacks a size: {error}") from error
 

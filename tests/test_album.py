@@ -1,5 +1,6 @@
 """Claims about album.py: an image that is known costs nothing, in any conversation; what is kept is checked."""
 import hashlib
+import random
 import shutil
 from dataclasses import replace
 
@@ -136,8 +137,21 @@ def test_features_belong_to_their_image_s_bytes_and_their_encoder(model, image_f
         vit.ln_post.bias += 1
     with pytest.raises(ValueError, match="no features were kept"):
         KeptFeatures(tmp_path, vit).load(image_files[0])
-    save_file({"features": torch.zeros(3, 3)}, features.file(image_files[0]))
-    with pytest.raises(ValueError, match=f"no features .* of {image_files[0]}: delete it"):
+
+
+def test_damaged_features_are_refused_whatever_bit_is_wrong(model, image_files, tmp_path):
+    features = KeptFeatures(tmp_path, model.vit)
+    features.fill(image_files[:1], model.vit)
+    file = features.file(image_files[0])
+    whole, rng = file.read_bytes(), random.Random(0)
+    for _ in range(30):
+        at = len(whole) - 1 - rng.randrange(2 * features.load(image_files[0]).numel())     # of FP16 values
+        file.write_bytes(whole[:at] + bytes([whole[at] ^ 1 << rng.randrange(8)]) + whole[at + 1:])
+        with pytest.raises(ValueError, match=file.name):
+            features.load(image_files[0])
+        file.write_bytes(whole)
+    save_file({"features": torch.zeros(3, 3)}, file)
+    with pytest.raises(ValueError, match=f"{file} is damaged, or does not hold features .*: delete it"):
         features.load(image_files[0])
 
 
