@@ -69,22 +69,22 @@ class KeptFeatures:
     def load(self, image: ImageFile) -> Tensor:
         """(n_queries, output_dim) in FP16; raises ValueError where there is no file or it holds something else."""
         if not (file := self.file(image)).exists():
-            raise ValueError(f"no features were kept of {image}: it could not be read")
+            raise ValueError(f"no features were kept of {image}: it, or what the ViT made of it, was bad")
         return read_tensor(file, "features", self.shape)
 
     @torch.no_grad()
     def fill(self, images: list[ImageFile], vit: VisionTransformer, skip_bad: bool = False, n: int = 16):
         """Run the ViT, n images at a time, on those that have no file yet.
 
-        Raises ValueError for an image that cannot be read, unless skip_bad is set.
+        Raises ValueError for an image that cannot be read or overflows the ViT's type, unless skip_bad is set.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         weight, size = vit.conv1.weight, vit.config.image_size
 
-        def opened(image: ImageFile) -> tuple[Path, Tensor] | None:
+        def opened(image: ImageFile) -> tuple[ImageFile, Path, Tensor] | None:
             try:
                 file = self.file(image)
-                return None if file.exists() else (file, load_pixels(image, size))
+                return None if file.exists() else (image, file, load_pixels(image, size))
             except (ValueError, OSError) as error:
                 if not skip_bad:
                     raise ValueError(f"{error}. Correct it, or leave out what shows it with --skip-bad") from error
@@ -93,10 +93,14 @@ class KeptFeatures:
         with ThreadPoolExecutor(4) as pool:                     # An image may take half a GB while it is opened.
             for i in tqdm(range(0, len(images), n), "features", leave=False):
                 if new := [found for found in pool.map(opened, images[i:i + n]) if found]:
-                    pixels = torch.stack([pixels for _, pixels in new]).to(weight.device)
+                    pixels = torch.stack([pixels for _, _, pixels in new]).to(weight.device)
                     features = vit(normalized(pixels, weight.dtype)).half().cpu()
-                    for (file, _), values in zip(new, features):
-                        write_tensor(file, "features", values.clone())
+                    for (image, file, _), values in zip(new, features):
+                        if values.isfinite().all():
+                            write_tensor(file, "features", values.clone())
+                        elif not skip_bad:
+                            raise ValueError(f"the ViT makes values of {image} that are no finite numbers: try "
+                                             "--precision bf16, or leave out what shows it with --skip-bad")
 
 
 # ---- for chat ----

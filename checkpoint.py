@@ -11,6 +11,7 @@ and what is left of it, because seed and epoch alone give the order. No state of
 first weights training draws none. The frozen weights are never saved: they are in their own files. The end of a
 run removes its checkpoints. Side room of train.py.
 """
+import csv
 import fcntl
 import hashlib
 import json
@@ -123,6 +124,25 @@ def writing(folder: Path) -> Iterator[None]:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise OSError(f"could not write into {folder}: {reason}. Make room there, or make it writable, and go on "
                       "with --resume") from error
+
+
+# ---- log.csv, which goes on after a kill, too ----
+
+def write_log(rows: list[dict], path: Path):
+    with replacing(path) as unfinished, open(unfinished, "w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0].keys())
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def read_log(path: Path, step: int) -> list[dict]:
+    """The rows of log.csv up to a step."""
+    if not path.exists():
+        return []
+    types = dict(step=int, epoch=int, positions=int, skipped=int)
+    with open(path) as file:
+        return [{name: value and types.get(name, float)(value) for name, value in row.items()}
+                for row in csv.DictReader(file) if int(row["step"]) <= step]
 
 
 # ---- checkpoints ----

@@ -6,7 +6,6 @@
 out/<size>/ then holds trained.safetensors and config.json for chat.py, log.csv and loss.png to look at.
 Before: data.py. Next: chat.py. Side rooms: recipe.py (the options), zero.py (DeepSpeed), checkpoint.py (--resume).
 """
-import csv
 import json
 import math
 import multiprocessing
@@ -31,8 +30,8 @@ from zero import (DTYPES, build_model, check_machine, check_options, dist, engin
                   per_rank, plan_text, settings_for, share_of_peak, start)
 
 from album import KeptFeatures
-from checkpoint import (Stop, has_ended, identity, latest, load_checkpoint, only_run, remove_checkpoints,
-                        save_checkpoint, trained, writing)
+from checkpoint import (Stop, has_ended, identity, latest, load_checkpoint, only_run, read_log, remove_checkpoints,
+                        save_checkpoint, trained, write_log, writing)
 from data import Conversations, collate, order, pack, split
 from llama import Tokenizer
 from mmca import IMAGE
@@ -41,7 +40,6 @@ from sources import n_sharing, read_datasets
 from tiny.world import DATA, ensure
 from visualchat import IGNORE, ModelConfig, VisualChat, save, towers, whole_answers
 from vit import VisionTransformer
-from weights import replacing
 
 
 # ---- data ----
@@ -222,23 +220,6 @@ def draw_curve(rows: list[dict], path: Path, width: int = 900, height: int = 500
     image.save(path)
 
 
-def write_csv(rows: list[dict], path: Path):
-    with replacing(path) as unfinished, open(unfinished, "w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0].keys())
-        writer.writeheader()
-        writer.writerows(rows)
-
-
-def read_log(path: Path, step: int) -> list[dict]:
-    """The rows of log.csv up to a step."""
-    if not path.exists():
-        return []
-    types = dict(step=int, epoch=int, positions=int, skipped=int)
-    with open(path) as file:
-        return [{name: value and types.get(name, float)(value) for name, value in row.items()}
-                for row in csv.DictReader(file) if int(row["step"]) <= step]
-
-
 def update_bar(bar: tqdm, rows: list[dict], options: Options):
     """Show the last step in the progress bar; speeds are those of the last twenty, without padding."""
     last, recent = rows[-1], rows[-20:]
@@ -292,7 +273,7 @@ def checked_step(engine, batches: list[dict], blank: dict, options: Options, row
     norm = 0 if options.precision == "fp16" else engine.get_global_grad_norm() or 0
     if not math.isfinite(loss) or not math.isfinite(norm):
         raise ValueError(f"loss {loss}, norm of gradients {norm} at step {row['step']}: try --precision bf16 or a "
-                         "lower --lr, into another --out")
+                         "lower --lr, into another --out. If an image is the cause, --cache-features names it")
     scale = float(getattr(engine.optimizer, "loss_scale", 1)) if engine.fp16_enabled() else 1.0
     row |= dict(loss=loss, lr=lr, positions=positions, seconds=0, loss_scale=scale, skipped=engine.skipped_steps,
                 val_loss="", exact_match="")
@@ -313,7 +294,7 @@ def fit(engine, train: Conversations, held_out: Conversations, options: Options,
     def save_progress():
         with writing(out):
             if rank == 0:
-                write_csv(rows, out / "log.csv")
+                write_log(rows, out / "log.csv")
             save_checkpoint(engine, options, progress)
 
     with Stop() as stop, tqdm(total=steps * options.epochs, initial=progress["step"], disable=rank != 0) as bar:
@@ -421,6 +402,11 @@ def main():
         if message.startswith("Caught"):                        # in a worker: leave its traceback out
             message = message.strip().rpartition("ValueError: ")[2]
         sys.exit(f"train.py: {message}")
+    except RuntimeError as error:
+        if not isinstance(error, torch.distributed.DistError) and "gloo" not in str(error):
+            raise
+        sys.exit(f"train.py: rank {dist.get_rank()} lost another rank, which was killed or does not answer: go on "
+                 f"with --resume. {str(error).splitlines()[0]}")
     except KeyboardInterrupt:                                   # before or after the steps, where nothing is lost
         sys.exit(130)
     finally:

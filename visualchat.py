@@ -12,7 +12,7 @@ Before: mmca.py, llama.py, vit.py. Next: data.py, which makes ids, kind, labels 
 import json
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -212,17 +212,16 @@ def load(folder: Path, dtype=torch.float32, device="cpu") -> tuple[VisualChat, M
                                     "has not ended; `python train.py --size tiny` makes out/tiny")
     found = read_json(folder / CONFIG)
     if (template := found.pop("template", 1)) != TEMPLATE:
-        raise ValueError(f"{folder / CONFIG} was trained with version {template!r:.40} of the prompt template, and "
-                         f"data.py has version {TEMPLATE}: train it again")
-    settings, known = {field.name for field in fields(ModelConfig)}, {"size": REPOSITORIES, "attention": ATTENTION}
-    if wrong := [f"{name!r:.40}: {value!r:.60}" for name, value in found.items()
-                 if name not in settings or not isinstance(value, str) or value not in known.get(name, [value])]:
-        raise ValueError(f"{folder / CONFIG} has {', '.join(wrong[:6])}; expected the texts "
-                         f"{', '.join(sorted(settings))}, the size one of {', '.join(REPOSITORIES)} and the "
-                         f"attention one of {', '.join(ATTENTION)}")
+        raise ValueError(f"{folder / CONFIG} was trained with version {template!r:.40} of the prompt template, "
+                         f"and data.py has version {TEMPLATE}: train it again")
+    known, default = {"size": REPOSITORIES, "attention": ATTENTION}, asdict(ModelConfig())
+    for name, value in found.items():
+        if name not in default or not isinstance(value, str) or value not in known.get(name, [value]):
+            raise ValueError(f"{folder / CONFIG}: unknown setting {name!r:.40}: {value!r:.60}; expected texts "
+                             f"like {default}, sizes {', '.join(REPOSITORIES)}, attentions {', '.join(ATTENTION)}")
+        if name not in known and value and not os.path.isdir(value):
+            raise FileNotFoundError(f"{folder / CONFIG}: {name} is {value!r:.400}, which is no folder: correct it")
     config = ModelConfig(**found)
-    if absent := [path for path in (config.llama, config.vit) if path and not os.path.isdir(path)]:
-        raise FileNotFoundError(f"{folder / CONFIG} names {absent[0]!r:.400}, which is no folder: correct it there")
     model = build(config, dtype, device)
     load_trained(model, read_file(folder / TRAINED), folder / TRAINED)
     return model, config

@@ -93,20 +93,21 @@ def damaged(content: bytes, rng: random.Random) -> bytes:
     return bytes(content)
 
 
-ODD = [None, True, False, -1, 0, 1, 2, 3, 7, 1.5, 1e30, 10 ** 30, float("inf"), float("nan"), "", " ", "a", "\x1b[31m",
-       "\ud800", "\u202e", "../../secret.jpg", "/etc/passwd", "a\0b", "<image>", "IMAGE#9", "\\n", [], {}, [[]], ["a"],
-       [None], {"a": 1}, "x" * 5000, "human", "gpt", "user", "7.jpg", 64, 2 ** 31, 2 ** 63]
+ODD = [None, True, False, -1, 0, 1, 2, 3, 7, 64, 2 ** 31, 2 ** 63, 10 ** 30, 1.5, 1e30, float("inf"), float("nan"),
+       [], {}, [[]], ["a"], [None], {"a": 1}, "", " ", "a", "x" * 5000, "human", "gpt", "user", "7.jpg", "<image>",
+       "IMAGE#9", "\\n", "\x1b[31m", "\ud800", "\u202e", "a\0b", "../../secret.jpg", "/etc/passwd"]
 
 
 def places(value, path=()):
     """The paths of all values inside a JSON value."""
-    for key, inner in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
+    inside = value if isinstance(value, dict) else dict(enumerate(value)) if isinstance(value, list) else {}
+    for key, inner in inside.items():
         yield (*path, key)
         yield from places(inner, (*path, key))
 
 
 def altered(value, rng: random.Random):
-    """A JSON value with one to three changes: odd values, absent and double entries, other names, swapped values."""
+    """A JSON value with one to three changes: odd values, absent and double entries, other names."""
     value = copy.deepcopy(value)
     for _ in range(rng.randint(1, 3)):
         if not (found := list(places(value))):
@@ -233,7 +234,7 @@ def check_annotations(read: Callable, file: Path, records: Callable, good, by_ro
     texts, answers = strings(written), [round_.answer for round_ in rounds]
     assert GOOD in answers or good not in written, "a good record was lost"
     assert all(answer in texts or "mage" in answer for answer in answers), "an answer was invented"
-    assert all(image.parent.name == "shown" for round_ in rounds for image in round_.images), "an image from outside"
+    assert all(image.parent.name == "shown" for round_ in rounds for image in round_.images), "outside"
     kept = len(rounds if by_round else found)
     assert kept + skipping.left_out.total() + len(skipping.bad) == len(written), "a record was not counted"
     for conversation in found:
@@ -256,8 +257,9 @@ def llava_records(rng: random.Random, folder: Path):
     names = rng.choice(["1.jpg", ["1.jpg", "2.jpg"], None])
     marks = [0, 0] if names is None else [1, len(as_list(names)) - 1]
     record = {"id": "7", "image": names, "conversations": [
-        {"from": speaker, "value": text} for mark, *texts in zip(marks, ["What is it?", "Where?"], ["A cat.", "Here."])
-        for speaker, text in zip(("human", "gpt"), (texts[0] + "\n<image>" * mark, texts[1]))]}
+        {"from": speaker, "value": text}
+        for mark, question, answer in zip(marks, ["What is it?", "Where?"], ["A cat.", "Here."])
+        for speaker, text in (("human", question + "\n<image>" * mark), ("gpt", answer))]}
     good = {"id": "8", "image": "3.jpg", "conversations": [{"from": "human", "value": "<image>\nIs it?"},
                                                            {"from": "gpt", "value": GOOD}]}
     write_damaged_json(file, [*as_list(altered([record] * rng.randint(1, 2), rng)), good], rng)
@@ -284,9 +286,10 @@ def instructions(rng: random.Random, folder: Path):
 
     def read(reader: Reader):
         for conversation in mimicit(reader, file, source):
-            rounds = conversation.rounds            # images in base64 have no path: compare the file that they lie in
-            yield Conversation(conversation.name, [replace(round_, images=tuple(
-                getattr(image, "file", image) for image in round_.images)) for round_ in rounds])
+            # Images in base64 have no path; the file that they lie in stands for them.
+            yield Conversation(conversation.name, [
+                replace(round_, images=tuple(getattr(image, "file", image) for image in round_.images))
+                for round_ in conversation.rounds])
 
     check_annotations(read, file, lambda value: list(value["data"].values()), good, by_round=True)
 
@@ -458,10 +461,11 @@ def chat() -> Chat:
 
 def typed(folder: Path, names: list[str], rng: random.Random) -> str:
     """A line of files, commands, questions and noise."""
-    noise = ["/new", "/quit", "/help", "/", "//", '"', "'", "\\", "(", "~", "~nobody/a.png", "\ud800", "\x1b[2J", "\0.png",
-             "\u202e", "é.png", "a" * 300 + ".png", "/" * 5000, "http://a.org/a.png", "file:///a.png", ".png", "..",
-             "### Image 9:", "### Question:", "</s>", "<s>", "<image>", "\t", "😀", "?", ".", "image 0", "image 99",
-             "What color is it?", "Describe image 1.", "x" * 3000, "red " * 400, "/dev/zero", "/dev/stdin.png", "%s{}"]
+    noise = ["/new", "/quit", "/help", "/", "//", '"', "'", "\\", "(", "~", "~nobody/a.png", "\ud800", "\x1b[2J",
+             "\0.png", "\u202e", "é.png", "a" * 300 + ".png", "/" * 5000, "http://a.org/a.png", "file:///a.png",
+             ".png", "..", "### Image 9:", "### Question:", "</s>", "<s>", "<image>", "\t", "😀", "?", ".",
+             "image 0", "image 99", "What color is it?", "Describe image 1.", "x" * 3000, "red " * 400,
+             "/dev/zero", "/dev/stdin.png", "%s{}"]
     return rng.choice([" ", " ", "  ", "", ", "]).join(
         rng.choice([str(folder / rng.choice(names)), f'"{folder / rng.choice(names)}"', rng.choice(noise)])
         for _ in range(rng.randint(1, 4)))
@@ -532,7 +536,7 @@ def outcomes(kind: str, seeds: list[str]) -> tuple[list[str], float, int]:
 
 
 def main():
-    """Draw inputs until the time is over; print a table, and each fault with its seed. Exits with 1 after a fault."""
+    """Draw inputs until the time is over; print each fault with its seed, and a table. Exits with 1 after one."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=20)
     parser.add_argument("--seed", type=int, default=0)
@@ -555,7 +559,8 @@ def main():
                 pool, running = ProcessPoolExecutor(options.processes, get_context("spawn")), {}
                 found, seconds, megabytes = ["the process died, at one of these 25 inputs"], 0, 0
             slowest[kind], peak = max(slowest[kind], seconds), max(peak, megabytes)
-            counts.setdefault(kind, Counter()).update(one if one in ("read", "refused") else "fault" for one in found)
+            counts.setdefault(kind, Counter()).update(
+                one if one in ("read", "refused") else "fault" for one in found)
             for seed, one in zip(seeds, found):
                 if one not in ("read", "refused"):
                     print(f"fault, random.Random({seed!r}): {one!r:.1000}", flush=True)

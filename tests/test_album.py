@@ -139,6 +139,22 @@ def test_features_belong_to_their_image_s_bytes_and_their_encoder(model, image_f
         KeptFeatures(tmp_path, vit).load(image_files[0])
 
 
+def test_an_image_of_which_the_encoder_makes_no_numbers_is_named(model, image_files, tmp_path, monkeypatch):
+    whole = type(model.vit).forward
+
+    def overflowing(vit, images):
+        return whole(vit, images).index_fill(0, torch.tensor([1]), torch.inf)
+
+    monkeypatch.setattr(type(model.vit), "forward", overflowing)
+    with pytest.raises(ValueError, match=f"the ViT makes values of {image_files[1]} that are no finite numbers"):
+        KeptFeatures(tmp_path / "strict", model.vit).fill(image_files, model.vit)
+    features = KeptFeatures(tmp_path / "skipping", model.vit)
+    features.fill(image_files, model.vit, skip_bad=True)
+    assert [features.file(image).exists() for image in image_files[:2]] == [True, False]
+    with pytest.raises(ValueError, match=f"no features were kept of {image_files[1]}"):
+        features.load(image_files[1])
+
+
 def test_damaged_features_are_refused_whatever_bit_is_wrong(model, image_files, tmp_path):
     features = KeptFeatures(tmp_path, model.vit)
     features.fill(image_files[:1], model.vit)

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from checkpoint import PROGRESS, SAME, Stop, digests, identity, latest, only_run, sealed, writing
 from data import Conversation, Round
 from recipe import Options
-from training import ROOT, SCRIPT, at, at_once, begin, finish, wait_for
+from training import ROOT, SCRIPT, at, at_once, begin, finish, processes, wait_for
 from visualchat import TEMPLATE
 
 
@@ -80,6 +80,15 @@ def test_signals_are_noted_while_steps_are_made_and_end_the_process_before_and_a
         os.kill(os.getpid(), number)
         assert stop.asked
     assert signal.getsignal(number) == before
+
+
+def test_a_killed_rank_ends_the_others_with_a_line_that_says_so(world):
+    run = begin(world, "out/lost", ranks=2)
+    wait_for(run, lambda: at(world / "out/lost/checkpoints")[0])
+    rank, = (process for process, environment in processes("out/lost").items() if "\0RANK=1\0" in environment)
+    os.kill(rank, signal.SIGKILL)
+    printed = run.communicate(timeout=120)[0]
+    assert run.returncode and "train.py: rank 0 lost another rank, which was killed or does not answer" in printed
 
 
 def test_a_run_that_has_ended_is_not_begun_again_and_its_result_stays(world, reference):

@@ -1,4 +1,4 @@
-"""A few of the hostile inputs of tests/fuzz.py, in each kind; hypothesis draws the annotations and makes them small."""
+"""A few hostile inputs of each kind in tests/fuzz.py; hypothesis draws annotations and makes them small."""
 import random
 import subprocess
 import sys

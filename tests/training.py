@@ -1,6 +1,8 @@
 """What the tests of training share: starting runs in a folder, and waiting for their checkpoints."""
+import contextlib
 import csv
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -45,6 +47,25 @@ def begin(world: Path, out: str, *options: str, ranks: int = 1) -> subprocess.Po
                "--lr", "1e-4", "--save-steps", "2", "--out", out, *options]
     return subprocess.Popen(command, cwd=world, env={**os.environ, "PYTHONPATH": str(ROOT)}, text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
+
+
+def processes(out: str) -> dict[int, str]:
+    """The processes of a run into this folder, its launcher and its ranks, with the environment of each."""
+    found = {}
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):                      # somebody else's, or one that just ended
+            if f"\0--out\0{out}\0" in (process / "cmdline").read_text():
+                found[int(process.name)] = f"\0{(process / 'environ').read_text()}"
+    return found
+
+
+def kill(run: subprocess.Popen, out: str):
+    """SIGKILL for a run's launcher and its ranks, which have sessions of their own."""
+    while left := processes(out):
+        for process in left:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
+    run.communicate()
 
 
 def at(folder: Path) -> tuple[str, list[str]]:
