@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
@@ -22,7 +23,7 @@ from data import ImageFile
 from pixels import load_pixels, normalized, read_bytes
 from visualchat import TRAINED, ModelConfig, VisualChat, towers
 from vit import VisionTransformer
-from weights import read_file, replacing
+from weights import FLOATS, read_file, replacing
 
 
 def digest_of(image: ImageFile) -> str:
@@ -31,17 +32,21 @@ def digest_of(image: ImageFile) -> str:
 
 
 def write_tensor(file: Path, name: str, values: Tensor):
-    """A safetensors file of one tensor and its checksum."""
+    """A safetensors file of one tensor and its checksum; raises OSError that names it."""
     values = values.cpu().contiguous()
     checksum = torch.tensor(zlib.crc32(values.view(torch.uint8).numpy()))
-    with replacing(file) as unfinished:
-        save_file({name: values, "checksum": checksum}, unfinished)
+    try:
+        with replacing(file) as unfinished:
+            save_file({name: values, "checksum": checksum}, unfinished)
+    except SafetensorError as error:
+        raise OSError(f"could not write {file}: {error}") from error
 
 
 def read_tensor(file: Path, name: str, shape: tuple[int, ...]) -> Tensor:
     """What `write_tensor` wrote; raises ValueError where the file holds anything else."""
     found = read_file(file)
-    if found.keys() != {name, "checksum"} or found[name].shape != shape or found["checksum"].numel() != 1 or (
+    if found.keys() != {name, "checksum"} or found[name].shape != shape or found[name].dtype not in FLOATS or (
+            found["checksum"].numel() != 1) or (
             zlib.crc32(found[name].contiguous().view(torch.uint8).numpy()) != found["checksum"].item()):
         raise ValueError(f"{file} is damaged, or does not hold {name} {shape}: delete it")
     return found[name]
@@ -57,7 +62,7 @@ class KeptFeatures:
     """
 
     def __init__(self, folder: Path, vit: VisionTransformer):
-        digest = hashlib.sha256(f"3 {vit.config}".encode())     # count up when load_pixels or the files change
+        digest = hashlib.sha256(f"4 {vit.config}".encode())     # count up when load_pixels or the files change
         for name, tensor in vit.state_dict().items():
             digest.update(name.encode())
             digest.update(tensor.contiguous().flatten().view(torch.uint8).cpu().numpy())
@@ -107,7 +112,7 @@ class KeptFeatures:
 
 def fingerprint(folder: Path, config: ModelConfig) -> str:
     """A name that changes with the training result in a folder, and with the weights of its towers."""
-    digest = hashlib.sha256(b"2" + (folder / TRAINED).read_bytes())     # count up when Album writes other tensors
+    digest = hashlib.sha256(b"3" + (folder / TRAINED).read_bytes())     # count up as above, or with Album's files
     for file in (file for tower in towers(config) for file in sorted(tower.iterdir())):
         digest.update(f"{file.absolute()} {file.stat().st_size} {file.stat().st_mtime_ns}".encode())
     return digest.hexdigest()[:16]

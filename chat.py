@@ -26,7 +26,7 @@ from data import Encoded, Round, encode_round
 from decode import compile_step
 from llama import Cache, Tokenizer
 from mmca import ATTENTION, TEXT
-from pixels import load_pixels, read_image
+from pixels import can_be_read, load_pixels, read_image
 from visualchat import TRAINED, VisualChat, load, towers
 from weights import find_weights, printable
 
@@ -151,8 +151,8 @@ def parse(line: str, first: int) -> tuple[list[Path], str]:
         name = bare.rstrip("?!.,;:'\")")
         if Path(name).suffix.lower() not in known:
             words.append(word)
-        elif not (path := Path(os.path.expanduser(name))).is_file():
-            raise FileNotFoundError(f"no image {path}")
+        elif "\0" in name or not (path := Path(os.path.expanduser(name))).is_file():
+            raise FileNotFoundError(f"no image {name}")
         else:
             if words and words[-1][-1] not in "?!.":
                 words.append(f"image {first + len(files)}" + bare[len(name):].strip("'\")"))
@@ -206,7 +206,7 @@ def converse(chat: Chat, waiting: list[Path]) -> bool:
             print("\nstopped; /quit or Ctrl-D ends the conversation")
         except (OSError, ValueError) as error:
             print(printable(str(error)))
-            good, waiting = False, [file for file in waiting if file.is_file()]     # else no later line would do
+            good, waiting = False, [file for file in waiting if can_be_read(file)]  # else no later line would do
         if chat.n_images != before:                             # they joined, however the round ended
             waiting = []
 
@@ -274,6 +274,7 @@ def main():
     """
     options = read_options()
     sys.stdout.reconfigure(errors="backslashreplace")           # not every terminal knows every character
+    sys.stdin.reconfigure(errors="surrogateescape")             # nor does every file hold only such
     try:
         chat = open_chat(options)
         waiting = announce(options.images, first=1)

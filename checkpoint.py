@@ -16,6 +16,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -30,11 +31,12 @@ import torch
 from deepspeed.utils import safe_get_full_fp32_param
 from safetensors import SafetensorError
 from torch import Tensor
+from torch.serialization import get_unsafe_globals_in_checkpoint
 
 from data import Conversation
 from recipe import Options
 from visualchat import TEMPLATE, TRAINED
-from weights import read_json, replacing
+from weights import printable, read_json, replacing
 
 PROGRESS = "progress.json"
 # A run goes on only with the same of these.
@@ -113,13 +115,18 @@ def only_run(out: Path) -> Iterator[None]:
         yield
 
 
+def is_lost_rank(error: Exception) -> bool:
+    """Whether PyTorch says that another rank has ended or does not answer; gloo's errors have no own type."""
+    return isinstance(error, torch.distributed.DistError) or "gloo" in str(error)
+
+
 @contextmanager
 def writing(folder: Path) -> Iterator[None]:
     """Raises OSError that names the folder for whatever keeps the block from writing, such as a full disk."""
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
-        if isinstance(error, torch.OutOfMemoryError):
+        if isinstance(error, torch.OutOfMemoryError) or is_lost_rank(error):
             raise
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise OSError(f"could not write into {folder}: {reason}. Make room there, or make it writable, and go on "
@@ -136,16 +143,25 @@ def write_log(rows: list[dict], path: Path):
 
 
 def read_log(path: Path, step: int) -> list[dict]:
-    """The rows of log.csv up to a step."""
-    if not path.exists():
+    """The rows of log.csv up to a step; raises ValueError where somebody changed it to something else."""
+    if not path.is_file():
         return []
     types = dict(step=int, epoch=int, positions=int, skipped=int)
-    with open(path) as file:
-        return [{name: value and types.get(name, float)(value) for name, value in row.items()}
-                for row in csv.DictReader(file) if int(row["step"]) <= step]
+    try:
+        with open(path) as file:
+            return [{name: value and types.get(name, float)(value) for name, value in row.items()}
+                    for row in csv.DictReader(file) if int(row["step"]) <= step]
+    except (ValueError, TypeError, LookupError, AttributeError, csv.Error) as error:
+        raise ValueError(f"{path} is no log of a run: delete it, and the run goes on without: {error}") from error
 
 
 # ---- checkpoints ----
+
+def steps_in(folder: Path) -> list[Path]:
+    """The checkpoints in a folder, whole or not, the oldest first."""
+    return sorted(path for path in folder.glob("step-*")
+                  if re.fullmatch(r"step-\d{8}", path.name) and path.is_dir())
+
 
 def digests(folder: Path) -> dict[str, str]:
     """A checksum of every file in a checkpoint but progress.json, by its name."""
@@ -173,20 +189,20 @@ def read_progress(folder: Path) -> dict:
 
 
 def latest(options: Options, say: Callable[[str], None] = print) -> dict | None:
-    """How far the newest whole checkpoint in the result's folder is, or None; says which newer ones are not whole.
+    """What progress.json of the newest whole checkpoint says, or None; says which newer ones are not whole.
 
-    Raises ValueError where it belongs to a run with other options, or is there although --resume is not given, or
-    where all are damaged.
+    Raises ValueError where it belongs to a run with other options, another template or, at stage 0, another number
+    of ranks, where it is there although --resume is not given, and where all are damaged.
     """
     folder, progress, damaged = Path(options.out) / "checkpoints", None, False
-    for step in sorted(folder.glob("step-????????"), reverse=True):
+    for step in reversed(steps_in(folder)):
         if (step / PROGRESS).exists():                          # else a kill interrupted its writing
             try:
                 progress = read_progress(step)
                 break
-            except (OSError, ValueError) as error:
+            except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
                 damaged = True
-                say(f"{step} is left out: {error}")
+                say(printable(f"{step} is left out: {error}"))
     if progress is None:
         if damaged:
             raise ValueError(f"no checkpoint in {folder} is whole: delete it to start again")
@@ -227,21 +243,40 @@ def save_checkpoint(engine, options: Options, progress: dict):
                  "sums": sums(parts), "template": TEMPLATE, "files": digests(folder / tag)}
         with replacing(folder / tag / PROGRESS) as new:
             new.write_text(json.dumps(state | {"digest": sealed(state)}, indent=1))
-        for old in sorted(folder.glob("step-????????")):
+        for old in steps_in(folder):
             if int(old.name[5:]) not in progress["saved"]:
                 shutil.rmtree(old)
         shutil.rmtree(folder / "universal", ignore_errors=True)
     dist.barrier()
 
 
+# What DeepSpeed's files name beside tensors, at any stage and precision.
+IN_CHECKPOINTS = {"deepspeed.runtime.zero.config.ZeroStageEnum", "deepspeed.runtime.fp16.loss_scaler.LossScaler",
+                  "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler",
+                  "deepspeed.utils.tensor_fragment.fragment_address"}
+
+
+def check_harmless(folder: Path):
+    """Raises ValueError where a file of a checkpoint could run code: DeepSpeed opens them as pickles."""
+    for path in sorted(folder.glob("*.pt")):
+        if unknown := set(get_unsafe_globals_in_checkpoint(path)) - IN_CHECKPOINTS:
+            raise ValueError(f"{path} names {', '.join(sorted(unknown))}, which no checkpoint of a training does: "
+                             "was it made by somebody else?")
+
+
 def load_checkpoint(engine, options: Options, progress: dict):
-    """Bring the engine to where a checkpoint left it; raises ValueError where what is trained is not restored."""
+    """Bring the engine to where a checkpoint left it; raises ValueError where what is trained is not restored, or
+    a file of it could run code."""
     folder, tag = Path(options.out) / "checkpoints", f"step-{progress['step']:08d}"
+    check_harmless(folder / tag)
     if progress["ranks"] != dist.get_world_size():
         if dist.get_rank() == 0:                                # DeepSpeed's own converter for other rank counts
-            subprocess.run([sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state",
-                            "--input_folder", str(folder / tag), "--output_folder", str(folder / "universal")],
-                           check=True, stdout=subprocess.DEVNULL)
+            done = subprocess.run([sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal",
+                                   "--inject_missing_state", "--input_folder", str(folder / tag),
+                                   "--output_folder", str(folder / "universal")], stdout=subprocess.DEVNULL)
+            if done.returncode:
+                raise ValueError(f"{folder / tag} could not be brought to {dist.get_world_size()} ranks: go on "
+                                 f"with {progress['ranks']}")
         dist.barrier()
         tag = "universal"
     engine.load_checkpoint(str(folder), tag, load_module_strict=False)      # what is frozen has its own files

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mmca import IMAGE, TEXT, Layout, all_text, compact_attention, separate, written_attention
-from weights import load_strictly, read_json, read_tensors, sizes, without_values
+from weights import by_name, load_strictly, read_json, read_tensors, sizes, without_values
 
 
 @dataclass(frozen=True)
@@ -352,7 +352,7 @@ class Llama(nn.Module):
         config = read_llama_config(folder / "config.json")
         with without_values():
             llama = cls(config, attention)
-        load_strictly(llama, dict(cls.tensors(folder)), folder, dtype, device)
+        load_strictly(llama, by_name(cls.tensors(folder), folder), folder, dtype, device)
         return llama
 
     @staticmethod
@@ -373,19 +373,20 @@ class Tokenizer:
 
     def __init__(self, folder: Path | str, rows: int | None = None):
         path = Path(folder) / "tokenizer.model"
-        if not path.exists():
+        if not path.is_file():
             raise FileNotFoundError(f"no {path}: it comes with the LLaMA-2 weights")
         try:
             self.model = SentencePieceProcessor(model_file=str(path))
-        except (RuntimeError, UnicodeDecodeError) as error:     # the second where its message holds stray bytes
+            self.model.decode(list(range(self.model.vocab_size())))             # Each piece must be a text.
+        except (RuntimeError, UnicodeDecodeError) as error:
             raise ValueError(f"{path} is no sentencepiece model, get it again: {error}") from error
         self.bos, self.eos = self.model.bos_id(), self.model.eos_id()
-        if min(self.bos, self.eos) < 0 or (rows and self.model.vocab_size() > rows):
+        if min(self.bos, self.eos) < 0 or (rows and self.model.vocab_size() > rows) or not self.model.encode("\n"):
             raise ValueError(f"{path} has {self.model.vocab_size()} pieces, BOS {self.bos} and EOS {self.eos}, "
-                             f"expected at most {rows} and both: is it of another model?")
+                             f"expected at most {rows}, both, and line breaks: is it of another model?")
 
     def encode(self, text: str) -> list[int]:
         return self.model.encode(text.encode(errors="replace").decode())    # a terminal's stray byte becomes "?"
 
     def decode(self, ids: list[int]) -> str:
-        return self.model.decode(ids)
+        return self.model.decode([id for id in ids if id < self.model.vocab_size()])    # Embeddings may have more.

@@ -37,7 +37,7 @@ class Options:
     skip_bad: bool = option(False, "leave out records that cannot be read, and say how many, instead of stopping")
     cache_features: str = option(None, "folder that keeps what the ViT makes of each image, so that it runs once; "
                                        "default out/features for tiny, else none", kind=str)
-    seed: int = option(0, "of the validation split, the order and the projection's first values")
+    seed: int = option(0, "of the validation split, the order and the projection's first values", least=0)
     # How?
     epochs: int = option(None, "passes over the data; default 2 for tiny, else as in the paper", least=1, kind=int)
     batch: int = option(None, "conversations per step, over all ranks; default 16 for tiny, else 128", least=1,
@@ -120,6 +120,6 @@ def command_line(description: str) -> Options:
                        for name, value in vars(parser.parse_args()).items()})
     for f in fields(Options):
         least, value = f.metadata["least"], getattr(given, f.name)
-        if least is not None and value is not None and not least <= value < math.inf:
-            parser.error(f"--{f.name.replace('_', '-')} {value}: expected {least} or more")
+        if least is not None and value is not None and not least <= value < 2 ** 63:
+            parser.error(f"--{f.name.replace('_', '-')} {value}: expected {least} or more, and no huge number")
     return for_size(given)

@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from data import MAX_POSITIONS, Conversation, ImageFile, Round, encode, marked
 from llama import Tokenizer
-from pixels import load_pixels
+from pixels import MAX_BYTES, load_pixels
 from visualchat import REPOSITORIES
 from vit import VisionConfig, VisionTransformer
 from weights import find_weights, printable, read_json, replacing
@@ -220,6 +220,8 @@ class EncodedImage:
     length: int
 
     def read_bytes(self) -> bytes:
+        if self.length > MAX_BYTES * 4 // 3:
+            raise ValueError(f"{self} takes {self.length:,} bytes, expected an image of at most {MAX_BYTES:,}")
         with open(self.file, "rb") as file:
             file.seek(self.start)
             text = file.read(self.length)
@@ -304,7 +306,7 @@ def parquet_texts(file: Path) -> Iterator[tuple[str, str]]:
                         raise ValueError(f"found {key!r:.60} with {image!r:.60}, expected a text and an image")
                     if image:
                         yield key, image
-    except (ArrowException, OSError, ValueError) as error:
+    except (ArrowException, OSError, ValueError, KeyError, OverflowError) as error:
         raise ValueError(f"{file} is no parquet file of images: {error}") from error
 
 
@@ -334,7 +336,9 @@ def encoded_images(file: Path) -> dict[str, EncodedImage]:
     index, state = file.with_name(f"{file.name}.index"), [file.stat().st_size, file.stat().st_mtime_ns]
     try:
         found = read_json(index)
-        if found["state"] == state and found["checksum"] == checksum(found["texts"]):
+        if found["state"] == state and found["checksum"] == checksum(found["texts"]) and all(
+                type(start) is type(length) is int and 0 <= start <= start + length <= state[0]
+                for start, length in found["texts"].values()):
             return {key: EncodedImage(file, key, *place) for key, place in found["texts"].items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         pass                                                    # There is none yet, or it is damaged.
@@ -621,7 +625,7 @@ def main():
                  *(check_dataset(reader, tokenizer, vision.n_queries, options.examples, options.images)
                    for reader in readers)]
     except (OSError, ValueError) as error:
-        sys.exit(f"sources.py: {error}")
+        sys.exit(printable(f"sources.py: {error}"))
     widths = [max(len(str(cell)) for cell in column) for column in zip(*table)]
     for row in table:
         print(*(str(cell).rjust(width) for cell, width in zip(row, widths)), sep="  ")

@@ -30,8 +30,8 @@ from zero import (DTYPES, build_model, check_machine, check_options, dist, engin
                   per_rank, plan_text, settings_for, share_of_peak, start)
 
 from album import KeptFeatures
-from checkpoint import (Stop, has_ended, identity, latest, load_checkpoint, only_run, read_log, remove_checkpoints,
-                        save_checkpoint, trained, write_log, writing)
+from checkpoint import (Stop, has_ended, identity, is_lost_rank, latest, load_checkpoint, only_run, read_log,
+                        remove_checkpoints, save_checkpoint, trained, write_log, writing)
 from data import Conversations, collate, order, pack, split
 from llama import Tokenizer
 from mmca import IMAGE
@@ -40,6 +40,7 @@ from sources import n_sharing, read_datasets
 from tiny.world import DATA, ensure
 from visualchat import IGNORE, ModelConfig, VisualChat, save, towers, whole_answers
 from vit import VisionTransformer
+from weights import printable
 
 
 # ---- data ----
@@ -398,12 +399,10 @@ def main():
         start()
         ended = run(options)
     except (OSError, ValueError) as error:
-        message = str(error)
-        if message.startswith("Caught"):                        # in a worker: leave its traceback out
-            message = message.strip().rpartition("ValueError: ")[2]
-        sys.exit(f"train.py: {message}")
+        in_worker = str(error).startswith("Caught")             # then leave its traceback out
+        sys.exit(printable("train.py: " + str(error).strip().rpartition("ValueError: " if in_worker else "\0")[2]))
     except RuntimeError as error:
-        if not isinstance(error, torch.distributed.DistError) and "gloo" not in str(error):
+        if not is_lost_rank(error):
             raise
         sys.exit(f"train.py: rank {dist.get_rank()} lost another rank, which was killed or does not answer: go on "
                  f"with --resume. {str(error).splitlines()[0]}")

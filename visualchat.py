@@ -179,11 +179,9 @@ def build(config: ModelConfig, dtype=torch.float32, device="cpu") -> VisualChat:
 
 
 def save(folder: Path, trained: dict[str, Tensor], config: ModelConfig):
-    """Write a training result: the trained tensors by their names in VisualChat, and the configuration.
-
-    It names the towers' folders by absolute paths, so that they are found from any working folder.
-    """
+    """Write a training result: the trained tensors by their names in VisualChat, and the configuration."""
     folder.mkdir(parents=True, exist_ok=True)
+    # By absolute paths the towers are found from any working folder.
     llama, vit = (path and str(Path(path).absolute()) for path in (config.llama, config.vit))
     config = replace(config, llama=llama, vit=vit)
     with replacing(folder / TRAINED) as weights, replacing(folder / CONFIG) as settings:
@@ -197,8 +195,8 @@ def load_trained(model: VisualChat, tensors: dict[str, Tensor], source: Path):
     trained = {name: p.data for name, p in model.named_parameters() if p.requires_grad}
     check_tensors(trained, tensors, source)
     for name, parameter in trained.items():
-        check_numbers(name, tensors[name], source)
         parameter.copy_(tensors[name])
+        check_numbers(name, parameter, source)
 
 
 def load(folder: Path, dtype=torch.float32, device="cpu") -> tuple[VisualChat, ModelConfig]:

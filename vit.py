@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from weights import load_strictly, read_json, read_tensors, sizes, without_values
+from weights import by_name, load_strictly, read_json, read_tensors, sizes, without_values
 
 PREFIX = "transformer.visual."
 EPS = 1e-6
@@ -161,9 +161,10 @@ def read_vision_config(path: Path, tensors: dict[str, Tensor]) -> VisionConfig:
         raise ValueError(f"{path.parent} is no QWen-VL folder: {error} is missing in it") from error
     config = sizes(VisionConfig, found, path)
     if (config.image_size % config.patch_size or config.width % config.heads or config.output_dim % HEAD_DIM or
-            config.n_queries != math.isqrt(config.n_queries) ** 2):
+            config.n_queries != math.isqrt(config.n_queries) ** 2 or config.image_size > 4096):
         raise ValueError(f"{path} has sizes that do not fit each other: expected whole patches, equal heads, an "
-                         f"output_dim that {HEAD_DIM} divides and a square of queries; found {config}")
+                         f"output_dim that {HEAD_DIM} divides, a square of queries and images of at most 4,096 "
+                         f"pixels a side; found {config}")
     return config
 
 
@@ -192,7 +193,7 @@ class VisionTransformer(nn.Module):
         out, as in DeepSpeed-VisualChat. Raises FileNotFoundError for absent files and ValueError for wrong ones.
         """
         folder = Path(folder)
-        tensors = dict(cls.tensors(folder))
+        tensors = by_name(cls.tensors(folder), folder)
         with without_values():
             vit = cls(read_vision_config(folder / "config.json", tensors))
         load_strictly(vit, tensors, folder, dtype, device)

@@ -10,7 +10,8 @@ import json
 import os
 import pickletools
 import zipfile
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
@@ -46,6 +47,8 @@ def replacing(path: Path) -> Iterator[Path]:
 
 def read_json(path: Path, expected: type = dict):
     """The object in a JSON file, or the list where that is expected; raises ValueError that names the file."""
+    if not path.is_file():                                      # a pipe might never end
+        raise FileNotFoundError(f"no file {path}")
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
@@ -93,7 +96,8 @@ def shards(folder: Path, prefix: str) -> list[Path]:
             if outside := [name for name in names if Path(name).name != name or name in ("", "..")]:
                 raise ValueError(f"{index} names {outside[0]!r}, which is no file in its folder")
             if absent := sorted(name for name in names if not (folder / name).exists()):
-                raise FileNotFoundError(f"{folder} lacks {', '.join(absent)}, which its index names: fetch them")
+                raise FileNotFoundError(f"{folder} lacks {len(absent)} of the files that its index names, such as "
+                                        f"{', '.join(absent[:4])[:400]}: fetch them")
             return [folder / name for name in sorted(names)]
         if (folder / single).exists():
             return [folder / single]
@@ -126,21 +130,23 @@ def find_weights(repository: str) -> Path:
     home = os.environ.get("HF_HOME") or f"{cache}/huggingface"
     hub = os.environ.get("HF_HUB_CACHE") or f"{home}/hub"
     cached = Path(hub).expanduser() / f"models--{repository.replace('/', '--')}" / "snapshots"
-    folders = local, beside, *sorted(cached.glob("*"), key=os.path.getmtime, reverse=True)
+    snapshots = (folder for folder in cached.glob("*") if folder.is_dir())
+    folders = local, beside, *sorted(snapshots, key=os.path.getmtime, reverse=True)
     if whole := [folder for folder in folders if is_whole(folder)]:
         return whole[0]
     begun = "".join(f"; {folder.absolute()} is not complete" for folder in folders if folder.exists())
     # LLaMA's repositories hold the weights in two formats; one is enough.
-    once = " --exclude '*.bin'" if "Llama" in repository else ""
+    exclude = " --exclude '*.bin'" if "Llama" in repository else ""
     how = ("python train.py --size tiny" if repository == "tiny/chat" else
            "python -m tiny.pretrain" if repository.startswith("tiny/") else
-           f"hf download {repository}{once} --local-dir {local}   (its license may have to be accepted first)")
+           f"hf download {repository}{exclude} --local-dir {local}   (its license may have to be accepted first)")
     raise FileNotFoundError(f"no weights of {repository}: looked for {local.absolute()}, {beside} and {cached}"
                             f"{begun}. Get them with\n    {how}")
 
 
 # ---- reading and checking ----
 
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # What `torch.save` writes of a table of tensors needs no other functions and classes than these.
 IN_PICKLES = {"collections OrderedDict", "torch._utils _rebuild_tensor_v2", "torch._utils _rebuild_parameter",
               "torch FloatStorage", "torch HalfStorage", "torch BFloat16Storage", "torch DoubleStorage"}
@@ -153,9 +159,10 @@ def check_pickle(path: Path):
     bytearray(10 ** 10). So the names in it are checked first, and only then is it loaded.
     """
     with zipfile.ZipFile(path) as archive:
-        table, = (file for file in archive.infolist() if file.filename.endswith("/data.pkl"))
-        if table.file_size > path.stat().st_size:
-            raise ValueError("it was compressed")
+        files = archive.infolist()
+        table, = (file for file in files if file.filename.lower().endswith("data.pkl"))  # in any case, as PyTorch
+        if any(file.compress_type for file in files) or len({file.filename for file in files}) < len(files):
+            raise ValueError("it is compressed, or has a file twice")
         for code, argument, _ in pickletools.genops(archive.read(table)):
             if code.name in ("INST", "STACK_GLOBAL", "EXT1", "EXT2", "EXT4") or (
                     code.name == "GLOBAL" and argument not in IN_PICKLES):
@@ -178,6 +185,12 @@ def read_file(path: Path, prefix: str = "") -> dict[str, Tensor]:
         pickled = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         if not all(isinstance(tensor, Tensor) for tensor in pickled.values()):
             raise ValueError("not all of it is tensors")
+        # A pickle may claim more values than its part of the file has; PyTorch would map what lies behind it.
+        with zipfile.ZipFile(path) as archive:
+            written = Counter(file.file_size for file in archive.infolist() if "/data/" in file.filename)
+        storages = [t.untyped_storage() for t in pickled.values() if t.layout is torch.strided and not t.is_meta]
+        if not Counter({one.data_ptr(): one.nbytes() for one in storages if one.nbytes()}.values()) <= written:
+            raise ValueError("a tensor claims more or fewer values than are stored for it")
         return {name: tensor for name, tensor in pickled.items() if name.startswith(prefix)}
     except Exception as error:                      # damaged files make readers raise errors of all kinds
         reason = printable(f"{type(error).__name__} {error}".splitlines()[0][:200])
@@ -190,15 +203,27 @@ def read_tensors(folder: Path, prefix: str) -> Iterator[tuple[str, Tensor]]:
         yield from read_file(shard, prefix).items()
 
 
+def by_name(tensors: Iterable[tuple[str, Tensor]], source: Path) -> dict[str, Tensor]:
+    """Tensors by name; raises ValueError for a name that comes twice, as from two shards."""
+    found = {}
+    for name, tensor in tensors:
+        if name in found:
+            raise ValueError(f"{source} holds {name!s:.80} twice: get it again")
+        found[name] = tensor
+    return found
+
+
 def check_tensors(expected: dict[str, Tensor], found: dict[str, Tensor], source: Path):
     """Raises ValueError with the missing, unexpected and wrong tensors: of another shape, sparse, or no floats."""
     wrong = [f"missing {name} {tuple(t.shape)}" for name, t in expected.items() if name not in found]
-    wrong += [f"unexpected {name} {tuple(t.shape)}" for name, t in found.items() if name not in expected]
-    wrong += [f"{name} is {tuple(found[name].shape)}, expected {tuple(t.shape)}"
+    wrong += [f"unexpected {name!s:.80} {str(tuple(t.shape)):.80}" for name, t in found.items()
+              if name not in expected]
+    wrong += [f"{name} is {str(tuple(found[name].shape)):.80}, expected {tuple(t.shape)}"
               for name, t in expected.items() if name in found and found[name].shape != t.shape]
-    wrong += [f"{name} is {t.dtype}, {t.layout} on {t.device.type}, expected dense floating-point values"
-              for name, t in found.items()
-              if not t.is_floating_point() or t.layout is not torch.strided or t.is_meta]
+    wrong += [f"{name!s:.80} is {t.dtype}, {t.layout} on {t.device.type}, expected dense floating-point values"
+              for name, t in found.items() if t.dtype not in FLOATS or t.layout is not torch.strided or t.is_meta]
+    wrong += [f"{name!s:.80} repeats its values" for name, t in found.items()
+              if t.layout is torch.strided and not t.is_meta and t.untyped_storage().nbytes() < t.nbytes]
     if wrong:
         more = f" (and {len(wrong) - 6} more)" if len(wrong) > 6 else ""
         raise ValueError(f"{source} does not fit the model: {'; '.join(wrong[:6])}{more}. "
@@ -239,6 +264,8 @@ def load_strictly(module: nn.Module, tensors: dict[str, Tensor], source: Path, d
     """
     check_tensors(module.state_dict(), tensors, source)
     placed = {name: t.to(device, dtype) for name, t in tensors.items()}
+    if len({t.data_ptr() for t in placed.values()}) < len(placed):      # Two names share values; one may train.
+        placed = {name: t.clone() for name, t in placed.items()}
     for name, tensor in placed.items() if torch.device(device).type != "meta" else ():
         check_numbers(name, tensor, source)
     module.load_state_dict(placed, assign=True)

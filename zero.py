@@ -179,6 +179,9 @@ def settings_for(options: Options, ranks: int) -> dict:
                {"output_path": f"{options.out}/monitor/", "job_name": options.size})
         settings[name] = {"enabled": True, **own}
     for name, value in (read_json(Path(options.deepspeed_config)) if options.deepspeed_config else {}).items():
+        if isinstance(value, dict) != isinstance(settings.get(name, value), dict):
+            raise ValueError(f"{options.deepspeed_config}: {name} is {value!r:.60}, expected a setting like "
+                             f"{settings[name]}")
         settings[name] = {**settings.get(name, {}), **value} if isinstance(value, dict) else value
     for name, found, expected in (
             ("gradient_accumulation_steps", settings["gradient_accumulation_steps"], 1),
@@ -223,7 +226,7 @@ def build_shared_out(config: ModelConfig, settings: dict) -> VisualChat:
                         parameters[name].data.copy_(tensor)
             else:
                 own = tensor.flatten()[rank * part.numel():][:part.numel()]
-                check_numbers(name, own, folder)
+                check_numbers(name, own.to(part.dtype), folder)
                 part.data.flatten()[:len(own)].copy_(own)
     with deepspeed.zero.GatheredParameters([model.llama.embed_tokens.weight, *model.projection.parameters()],
                                            modifier_rank=0):

@@ -459,7 +459,7 @@ def peak(step: str, file: Path):
         try:
             load_pixels(file, 448)
         except ValueError as error:
-            said = str(error).partition(": ")[0].replace(str(file), ": it")
+            said = f": {error}".replace(str(file), file.name)
     elif step != "import":
         found = encoded_images(file)
     if step == "read":

@@ -4,16 +4,17 @@
 
 Weights, configurations, images, annotations and what people type come from strangers. For each kind of input a
 function here draws one from random numbers, writes it to a folder, reads it as the program does, and checks what
-was read. It may raise Refused alone: that stands for a ValueError or OSError that names the file. Anything else is
-a fault, and printed with the seed that draws it again. tests/test_fuzz.py draws a few of each kind.
+was read as far as it can be known. It may raise Refused alone: that stands for a ValueError or OSError that names
+the file, or the folder of a model. Anything else is a fault, and printed with the seed that draws it again.
+tests/test_fuzz.py draws a few of each kind.
 """
 import argparse
 import base64
 import builtins
 import contextlib
-import copy
 import io
 import json
+import multiprocessing
 import random
 import re
 import resource
@@ -58,7 +59,7 @@ GOOD = "This one is good."                          # the text of a record that 
 
 
 class Refused(Exception):
-    """A clear error: one that names the file."""
+    """A clear error: one that names the file or its folder."""
 
 
 def attempt(file: Path, read: Callable):
@@ -107,8 +108,8 @@ def places(value, path=()):
 
 
 def altered(value, rng: random.Random):
-    """A JSON value with one to three changes: odd values, absent and double entries, other names."""
-    value = copy.deepcopy(value)
+    """A JSON value with up to three changes: odd values, absent and double entries, other names."""
+    value = json.loads(json.dumps(value))                       # no two parts of it are the same object
     for _ in range(rng.randint(1, 3)):
         if not (found := list(places(value))):
             return rng.choice(ODD)
@@ -118,11 +119,11 @@ def altered(value, rng: random.Random):
             inside = inside[key]
         change = rng.randrange(6)
         if change < 3:
-            inside[last] = copy.deepcopy(rng.choice(ODD))
+            inside[last] = rng.choice(ODD)
         elif change == 3:
             del inside[last]
         elif change == 4 and isinstance(inside, list):
-            inside.insert(rng.randint(0, len(inside)), copy.deepcopy(inside[last]))
+            inside.insert(rng.randint(0, len(inside)), inside[last])
         elif isinstance(inside, dict):
             other = rng.choice([*inside, "video", "images", "image", "extra", last.upper(), ""])
             inside[last], inside[other] = inside.get(other), inside[last]
@@ -233,6 +234,7 @@ def check_annotations(read: Callable, file: Path, records: Callable, good, by_ro
     rounds = [round_ for conversation in found for round_ in conversation.rounds]
     texts, answers = strings(written), [round_.answer for round_ in rounds]
     assert GOOD in answers or good not in written, "a good record was lost"
+    # In Sparkles IMAGE#1 becomes a name like "image 1"; no other answer of ours has this word.
     assert all(answer in texts or "mage" in answer for answer in answers), "an answer was invented"
     assert all(image.parent.name == "shown" for round_ in rounds for image in round_.images), "outside"
     kept = len(rounds if by_round else found)
@@ -381,6 +383,7 @@ def safetensors_files(rng: random.Random, folder: Path):
     for name, tensor in llama.state_dict().items():
         written = expected[name if name == "lm_head.weight" else f"model.{name}"]
         assert np.array_equal(tensor.numpy(), written), f"{name} is not what the file holds"
+        assert np.isfinite(written).all(), f"{name} is no finite number"
 
 
 PICKLES = [b"\x80\x02cos\nsystem\n(S'touch pwned'\ntR.", b"\x80\x02c__builtin__\nbytearray\n(I9999999999\ntR.",
@@ -525,18 +528,29 @@ def outcome(kind: str, rng: random.Random) -> str:
 
 
 def outcomes(kind: str, seeds: list[str]) -> tuple[list[str], float, int]:
-    """What came of the inputs of these seeds, the seconds of the slowest, and this process's peak in MB."""
+    """What came of the inputs of these seeds, the seconds of the slowest, and the peak in MB of this process or of
+    the largest of its children, in which images are decoded."""
     torch.set_num_threads(1)
     found, slowest = [], 0.0
     for seed in seeds:
         start = time.monotonic()
         found.append(outcome(kind, random.Random(seed)))
         slowest = max(slowest, time.monotonic() - start)
-    return found, slowest, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+    return found, slowest, max(resource.getrusage(who).ru_maxrss // 1024
+                               for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+
+
+def print_table(counts: dict[str, Counter], slowest: dict[str, float], peak: int):
+    print(f"{'input':<14}{'tried':>8}{'read':>8}{'refused':>9}{'faults':>8}{'slowest, s':>12}")
+    for kind, found in counts.items():
+        print(f"{kind:<14}{found.total():>8}{found['read']:>8}{found['refused']:>9}{found['fault']:>8}"
+              f"{slowest[kind]:>12.2f}")
+    print(f"peak memory of a process that tried them: {peak} MB")
 
 
 def main():
-    """Draw inputs until the time is over; print each fault with its seed, and a table. Exits with 1 after one."""
+    """Draw inputs until the time is over; print each fault with its seed, and a table. Exits with 1 if there was a
+    fault."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=20)
     parser.add_argument("--seed", type=int, default=0)
@@ -551,25 +565,25 @@ def main():
         while time.monotonic() < end and len(running) < options.processes + 1:
             kind, seeds = next(batches)
             running[pool.submit(outcomes, kind, seeds)] = kind, seeds
-        for done in wait(running, return_when=FIRST_COMPLETED).done:
-            kind, seeds = running.pop(done)
-            try:
-                found, seconds, megabytes = done.result()
-            except BrokenProcessPool:                           # A reader took the process with it.
-                pool, running = ProcessPoolExecutor(options.processes, get_context("spawn")), {}
-                found, seconds, megabytes = ["the process died, at one of these 25 inputs"], 0, 0
+        done, _ = wait(running, timeout=300, return_when=FIRST_COMPLETED)
+        if not done or any(isinstance(one.exception(), BrokenProcessPool) for one in done):
+            for kind, seeds in running.values():                # A reader hangs, or took its process with it.
+                print(f"fault: a process died or hung, perhaps at one of these: {seeds}", flush=True)
+                counts.setdefault(kind, Counter())["fault"] += 1
+            for process in multiprocessing.active_children():
+                process.kill()
+            pool, running, done = ProcessPoolExecutor(options.processes, get_context("spawn")), {}, []
+        for one in done:
+            kind, seeds = running.pop(one)
+            found, seconds, megabytes = one.result()
             slowest[kind], peak = max(slowest[kind], seconds), max(peak, megabytes)
             counts.setdefault(kind, Counter()).update(
-                one if one in ("read", "refused") else "fault" for one in found)
-            for seed, one in zip(seeds, found):
-                if one not in ("read", "refused"):
-                    print(f"fault, random.Random({seed!r}): {one!r:.1000}", flush=True)
+                each if each in ("read", "refused") else "fault" for each in found)
+            for seed, each in zip(seeds, found):
+                if each not in ("read", "refused"):
+                    print(f"fault, random.Random({seed!r}): {each!r:.1000}", flush=True)
     pool.shutdown()
-    print(f"{'input':<14}{'tried':>8}{'read':>8}{'refused':>9}{'faults':>8}{'slowest, s':>12}")
-    for kind, found in counts.items():
-        print(f"{kind:<14}{found.total():>8}{found['read']:>8}{found['refused']:>9}{found['fault']:>8}"
-              f"{slowest[kind]:>12.2f}")
-    print(f"peak memory of a process that tried them: {peak} MB")
+    print_table(counts, slowest, peak)
     sys.exit(any(found["fault"] for found in counts.values()))
 
 

@@ -12,9 +12,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from deepspeed.runtime.fp16.loss_scaler import LossScaler
 from safetensors import SafetensorError
 
-from checkpoint import PROGRESS, SAME, Stop, digests, identity, latest, only_run, sealed, writing
+from checkpoint import (PROGRESS, SAME, Stop, check_harmless, digests, identity, latest, only_run, read_log,
+                        sealed, steps_in, writing)
 from data import Conversation, Round
 from recipe import Options
 from training import ROOT, SCRIPT, at, at_once, begin, finish, processes, wait_for
@@ -85,7 +88,8 @@ def test_signals_are_noted_while_steps_are_made_and_end_the_process_before_and_a
 def test_a_killed_rank_ends_the_others_with_a_line_that_says_so(world):
     run = begin(world, "out/lost", ranks=2)
     wait_for(run, lambda: at(world / "out/lost/checkpoints")[0])
-    rank, = (process for process, environment in processes("out/lost").items() if "\0RANK=1\0" in environment)
+    rank, = (process for process, environment in processes(world, "out/lost").items()
+             if "\0RANK=1\0" in environment)
     os.kill(rank, signal.SIGKILL)
     printed = run.communicate(timeout=120)[0]
     assert run.returncode and "train.py: rank 0 lost another rank, which was killed or does not answer" in printed
@@ -191,6 +195,34 @@ def test_one_run_at_a_time_writes_into_a_folder_and_a_crash_lets_the_next_one_in
     run.wait()
     with only_run(tmp_path):
         pass
+
+
+class Evil:
+    def __reduce__(self):
+        return os.system, ("touch pwned",)
+
+
+def test_a_checkpoint_that_could_run_code_is_refused_before_it_is_opened(tmp_path):
+    torch.save({"a": torch.ones(2), "scaler": LossScaler(1.0)}, tmp_path / "0.pt")
+    check_harmless(tmp_path)
+    torch.save({"a": Evil()}, tmp_path / "1.pt")
+    with pytest.raises(ValueError, match="1.pt names posix.system, which no checkpoint of a training does"):
+        check_harmless(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["Step,loss\n1,2\n", "step;loss\n1;2\n", "step,loss\n1,x\n",
+                                     "step,loss\n1,2,3\n", "step\n" + "9" * 200_000])
+def test_a_log_that_somebody_changed_is_named(tmp_path, content):
+    (tmp_path / "log.csv").write_text(content)
+    with pytest.raises(ValueError, match="log.csv is no log of a run: delete it, and the run goes on without"):
+        read_log(tmp_path / "log.csv", 5)
+
+
+def test_folders_beside_the_checkpoints_are_left_alone(tmp_path):
+    for name in ("step-00000002", "step-00000001", "step-backup01", "step-000000001"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "step-00000003").write_text("a file")
+    assert [path.name for path in steps_in(tmp_path)] == ["step-00000001", "step-00000002"]
 
 
 def test_what_cannot_be_written_names_its_folder(tmp_path):

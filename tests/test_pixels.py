@@ -1,7 +1,12 @@
 """Claims about pixels.py: images of every kind and mode, upright, scaled; large, damaged and hostile files."""
 import io
 import os
+import signal
 import struct
+import subprocess
+import sys
+import zlib
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -10,6 +15,7 @@ from PIL import Image
 
 import pixels
 from pixels import normalized, read_image, to_pixels
+from training import ROOT
 
 
 class File:
@@ -90,6 +96,35 @@ def test_transparency_lies_on_white_and_every_mode_becomes_rgb(image, options, e
     assert colour(image, **options) == expected
 
 
+def png(depth: int, kind: int, row: bytes, clear: bytes = b"", size: tuple[int, int] = (4, 1)) -> File:
+    """A PNG (kind 0: gray, 2: RGB, 6: RGBA) of one row, in which the value `clear` is transparent, or of zeros."""
+    def chunk(name, content):
+        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+    header = struct.pack(">IIBBBBB", *size, depth, kind, 0, 0, 0)
+    values = b"\0" + row if size == (4, 1) else bytes((4 * size[0] + 1) * size[1])
+    return File(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + (chunk(b"tRNS", clear) if clear else b"")
+                + chunk(b"IDAT", zlib.compress(values, 1)) + chunk(b"IEND", b""))
+
+
+@pytest.mark.parametrize("depth, kind, row, clear", [
+    (1, 0, b"\x50", (1,)), (2, 0, b"\x11", (1,)), (4, 0, b"\x05\x05", (5,)), (8, 0, b"\0\x12\0\x12", (0x12,)),
+    (16, 0, struct.pack(">HHHH", 0, 0x1212, 0, 0x1212), (0x1212,)),
+    (16, 2, struct.pack(">12H", *[0] * 3, *[0x1212] * 3, *[0] * 3, *[0x1212] * 3), (0x1212,) * 3)])
+def test_a_transparent_value_of_any_depth_lies_on_white(depth, kind, row, clear):
+    found = np.asarray(read_image(png(depth, kind, row, struct.pack(f">{len(clear)}H", *clear))))
+    assert found[0].tolist() == [[0] * 3, [255] * 3, [0] * 3, [255] * 3]
+
+
+@pytest.mark.parametrize("mode", ["L", "I;16"])
+def test_a_tiff_whose_white_is_0_is_no_negative(mode):
+    white = Image.fromarray(np.zeros((2, 2), np.uint8 if mode == "L" else np.uint16))
+    content = bytearray(saved(white, "TIFF").read_bytes())
+    at = content.index(struct.pack("<HHI", 262, 3, 1)) + 8
+    content[at] = 0                                             # PhotometricInterpretation: WhiteIsZero
+    assert read_image(File(bytes(content))).getpixel((0, 0)) == (255, 255, 255)
+
+
 def test_a_cmyk_jpeg_keeps_its_colour():
     found = colour(flat("CMYK", (0, 255, 255, 0)), "JPEG", quality=100)
     assert all(abs(a - b) < 4 for a, b in zip(found, (255, 0, 0)))
@@ -122,7 +157,33 @@ def test_an_image_of_too_many_pixels_is_refused_before_it_is_decoded(tmp_path, m
     file = tmp_path / "large.png"
     Image.new("L", (9000, 9000)).save(file)
     monkeypatch.setattr(Image.Image, "load", lambda *_: pytest.fail("decoded"))
-    with pytest.raises(ValueError, match="large.png has 9000 x 9000 pixels, expected at most 80,000,000: make it"):
+    with pytest.raises(ValueError, match="large.png is no .*: it has 9000 x 9000 pixels, expected at most 80,000"):
+        read_image(file)
+
+
+@pytest.mark.parametrize("more", ["", "pixels.rgb = lambda *_: any(iter(int, 1)); "], ids=["memory", "time"])
+def test_an_image_that_takes_much_is_refused(tmp_path, more):
+    (tmp_path / "a.png").write_bytes(png(8, 6, b"", size=(6000, 6000)).content)
+    # In a fresh process, because this one has memory from earlier tests that it could use again.
+    code = ("import pixels; pixels.SECONDS, pixels.MEMORY = 1, 30_000_000; "
+            f"{more}pixels.read_image(pixels.Path('a.png'))")
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)},
+                          capture_output=True, text=True)
+    assert "a.png takes more than 1 seconds or 30 MB to read, or crashes its reader: save it" in done.stderr
+
+
+def test_an_image_shows_the_same_in_a_process_of_its_own(monkeypatch):
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (30, 20, 4), dtype=np.uint8))
+    file = saved(image, "PNG")
+    here = read_image(file)
+    monkeypatch.setattr(pixels, "is_small", lambda found: False)
+    assert np.array_equal(read_image(file), here)
+    with pytest.raises(ValueError, match="File object at .* is no readable image of a format in JPEG"):
+        read_image(File(b"no image"))
+    with ThreadPoolExecutor(8) as pool:
+        assert all(np.array_equal(found, here) for found in pool.map(read_image, [file] * 50))
+    monkeypatch.setattr(pixels, "rgb", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    with pytest.raises(ValueError, match="crashes its reader"):
         read_image(file)
 
 

@@ -4,14 +4,17 @@ import os
 import random
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from llama import Llama
-from weights import check_tensors, find_weights, printable, read_file, replacing
+from checkpoint import read_log
+from conftest import tiny
+from llama import Llama, Tokenizer
+from weights import check_tensors, find_weights, printable, read_file, read_json, replacing
 
 
 # ---- helpers ----
@@ -138,6 +141,73 @@ def test_a_damaged_file_is_named_wherever_it_ends_and_whatever_byte_is_wrong(tmp
 def test_only_dense_tensors_of_floats_are_weights(tensor, said):
     with pytest.raises(ValueError, match=f"a is .*{said}.*, expected dense floating-point values"):
         check_tensors({"a": torch.zeros(2, 3)}, {"a": tensor}, Path("here"))
+
+
+def rezipped(file, **changes):
+    """The zip file with other contents in place of some, as `torch.save` never writes it."""
+    with zipfile.ZipFile(file) as archive:
+        parts = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(file, "w", changes.get("compression", zipfile.ZIP_STORED)) as archive:
+        for name, content in [*parts.items(), *[(changes["again"], b"x") for _ in range("again" in changes)]]:
+            archive.writestr(name, content[:changes["cut"]] if "cut" in changes and "/data/" in name else content)
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+@pytest.mark.parametrize("changes", [{"compression": zipfile.ZIP_DEFLATED}, {"again": "model/data/0"},
+                                     {"again": "model/DATA.PKL"}, {"again": "model/sub/data.pkl"}, {"cut": 8}])
+def test_a_pickle_s_values_are_those_that_lie_in_the_file_for_them(tmp_path, changes):
+    file = tmp_path / "model.bin"
+    torch.save({"a": torch.ones(100)}, file)
+    assert read_file(file)["a"].sum() == 100
+    rezipped(file, **changes)
+    with pytest.raises(ValueError, match=f"{file} is damaged or holds no tensors"):
+        read_file(file)
+
+
+@pytest.mark.parametrize("tensor, said", [(torch.ones(1).expand(2, 3), "a repeats its values"), (
+    torch.zeros(2, 3).to(torch.float8_e4m3fn), "a is torch.float8.*, expected dense floating-point values")])
+def test_views_that_repeat_a_value_and_8_bits_are_no_weights(tensor, said):
+    with pytest.raises(ValueError, match=said):
+        check_tensors({"a": torch.zeros(2, 3)}, {"a": tensor}, Path("here"))
+
+
+def test_messages_stay_short_whatever_names_and_shapes_say():
+    with pytest.raises(ValueError) as raised:
+        check_tensors({"a": torch.zeros(1)}, {"x" * 10 ** 6: torch.zeros(1), "a": torch.zeros([1] * 60)},
+                      Path("here"))
+    assert len(str(raised.value)) < 1000
+
+
+def test_a_name_in_two_shards_or_under_two_spellings_is_refused(llama_folder):
+    path = llama_folder({"norm.weight": torch.ones(48)})        # beside model.norm.weight
+    with pytest.raises(ValueError, match=f"{path} holds norm.weight twice"):
+        Llama.from_pretrained(path)
+    first, second = {"model.norm.weight": torch.ones(48)}, {"model.norm.weight": torch.zeros(48)}
+    for name, tensors in (("1.safetensors", first), ("2.safetensors", second)):
+        save_file(tensors, path / name)
+    (path / "model.safetensors.index.json").write_text(json.dumps(
+        {"weight_map": {"model.norm.weight": "1.safetensors", "x": "2.safetensors"}}))
+    with pytest.raises(ValueError, match=f"{path} holds norm.weight twice"):
+        Llama.from_pretrained(path)
+
+
+def test_two_names_of_the_same_values_train_apart(llama_folder):
+    path = llama_folder()
+    tensors = {f"model.{name}" if name != "lm_head.weight" else name: t for name, t in tiny().state_dict().items()}
+    torch.save(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"]}, path / "pytorch_model.bin")
+    (path / "model.safetensors").unlink()
+    llama = Llama.from_pretrained(path)
+    llama.embed_tokens.weight.data += 1
+    torch.testing.assert_close(llama.lm_head.weight, tensors["model.embed_tokens.weight"])
+
+
+def test_a_pipe_in_place_of_a_file_is_no_file(tmp_path):
+    for name in ("config.json", "tokenizer.model", "log.csv"):
+        os.mkfifo(tmp_path / name)                              # opening one would wait for ever
+    for read in (lambda: read_json(tmp_path / "config.json"), lambda: Tokenizer(tmp_path)):
+        with pytest.raises(FileNotFoundError, match=str(tmp_path)):
+            read()
+    assert read_log(tmp_path / "log.csv", 3) == []
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

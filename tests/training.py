@@ -22,7 +22,7 @@ def launch(world: Path, *command: str, path: str = "") -> str:
 
 
 def losses(world: Path, out: str, *options: str, ranks: int = 1, lr: str = "1e-4") -> list[float]:
-    """The losses of an epoch of 9 steps, at the rate of a default run's first ten (its warm-up takes 54).
+    """The losses of an epoch of 9 steps, at the low rates of a default run's first ten steps of warm-up.
 
     At the full rate from the first step on they were seen to drift apart by up to 0.018, probably because AdamW
     with beta1 = 0 makes a whole step out of a gradient that is nothing but rounding.
@@ -49,19 +49,20 @@ def begin(world: Path, out: str, *options: str, ranks: int = 1) -> subprocess.Po
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
 
 
-def processes(out: str) -> dict[int, str]:
+def processes(world: Path, out: str) -> dict[int, str]:
     """The processes of a run into this folder, its launcher and its ranks, with the environment of each."""
     found = {}
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):                      # somebody else's, or one that just ended
-            if f"\0--out\0{out}\0" in (process / "cmdline").read_text():
+            if (f"\0--out\0{out}\0" in (process / "cmdline").read_text()
+                    and (process / "cwd").readlink() == world.resolve()):
                 found[int(process.name)] = f"\0{(process / 'environ').read_text()}"
     return found
 
 
-def kill(run: subprocess.Popen, out: str):
+def kill(run: subprocess.Popen, world: Path, out: str):
     """SIGKILL for a run's launcher and its ranks, which have sessions of their own."""
-    while left := processes(out):
+    while left := processes(world, out):
         for process in left:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(process, signal.SIGKILL)
@@ -77,7 +78,9 @@ def at(folder: Path) -> tuple[str, list[str]]:
 def wait_for(run: subprocess.Popen, condition, seconds: float = 120):
     deadline = time.time() + seconds
     while not condition():
-        assert run.poll() is None and time.time() < deadline, run.communicate()[0]
+        if run.poll() is not None or time.time() > deadline:
+            run.kill()
+            raise AssertionError(run.communicate()[0])
         time.sleep(0.001)
 
 
