@@ -97,9 +97,9 @@ def encode_round(round_: Round, n_before: int, is_first: bool, tokenizer: Tokeni
     For example Round((file,), "Which shape?", "star") after one image, with the tiny tokenizer and n_tokens = 3:
 
         token  <s>   ↵ ### Image  2  : · · ·   ↵ ### Question  : Which shape  ?   ↵ ### Answer  : star </s>
-        ids      1 540   4   126 34 19 0 0 0 540   4      169 19   219   443 20 540   4     48 19  461    2
+        ids      1 774   4   157 35 19 0 0 0 774   4      222 19   294   633 20 774   4     54 19  663    2
         kind     T   T   T     T  T  T I I I   T   T        T  T     T     T  T   T   T      T  T    T    T
-        labels   -   -   -     -  -  - - - -   -   -        -  -     -     -  -   -   -      -  -  461    2
+        labels   -   -   -     -  -  - - - -   -   -        -  -     -     -  -   -   -      -  -  663    2
 
     T is TEXT, I is IMAGE, - is IGNORE. Only the answer and </s> have labels, which are their own ids: the model
     compares the logits of each position with the label of the next one. In chat the round has no answer yet; it

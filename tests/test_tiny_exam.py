@@ -72,7 +72,7 @@ def test_every_question_is_asked_and_has_its_topic_and_the_number_of_images(data
                                                 for rounds in conversations])
     marked = run_exam(tiny_model, None, data)
     assert [one.test for one in marked] == ["seen"] * 18 + ["unseen"] * 18 + ["wordings"] * 18 + ["lower"] * 18 + [
-        "long"] * 48 + ["people"] * 305
+        "long"] * 48 + ["people"] * 377
     assert asked == [False, True] * 2 + [False] * 3 + [False] * 4           # people's have four lengths
     assert all(one.answer == one.expected for one in marked)
     assert all(one.blind == ("gray" if one.test in exam.BLIND else "") for one in marked)

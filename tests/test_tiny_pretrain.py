@@ -22,7 +22,7 @@ from vit import VisionTransformer
 WEIGHTS = Path(__file__).parent.parent / "weights/tiny"
 
 
-def test_every_word_is_one_token_and_digits_are_stable():
+def test_every_word_is_one_token_and_digits_are_stable(monkeypatch):
     tokenizer = Tokenizer(WEIGHTS / "llama")
     words = tokenizer.model.encode_as_pieces("Which shape is red?\n### Image 1: img2 1st 2.")
     assert words == ["▁Which", "▁shape", "▁is", "▁red", "?",
@@ -31,6 +31,7 @@ def test_every_word_is_one_token_and_digits_are_stable():
     for text in ("zebra — ü", "red  ?", "  "):                   # unknown words in bytes, spaces as they are
         assert tokenizer.decode(tokenizer.encode(text)) == text
     rng = random.Random(0)
+    monkeypatch.setattr("tiny.wording.made_up", lambda rng: "cat")
     for _ in range(200):
         for _, topic, question, answer in dialogue(rng.randint(1, 8), 6, rng, ALL_SCENES)[1]:
             pieces = tokenizer.model.encode_as_pieces(f"{question} {answer}")
@@ -55,11 +56,11 @@ def test_auxiliary_heads_are_asked_at_the_right_tokens():
     rounds = [Round((), "Hello.", "Hello!"), Round(("a",), "What color is the shape in the image?", "red"),
               Round(("b",), "Do pic a and the 2nd photo have the same size?", "yes"),
               Round((), "Which image shows a large shape?", "image b"),
-              Round((), "Is it Image 2 or img3?", "There is no such image.")]
+              Round((), "Is it Image 2 or img3?", "There is no such image."), Round((), "Is it blue?", "yes")]
     encoded = encode(rounds, tokenizer, 4)
     pieces = [tokenizer.model.id_to_piece(id) for id in encoded.ids]
     found = [(head, pieces[i], numbers) for head, i, numbers in pretrain.head_targets(
-        encoded, scenes, ["hello", "color", "same", "which", "absent"], tokenizer)]
+        encoded, scenes, ["hello", "color", "same", "which", "absent", "is"], tokenizer)]
     first, second, none = [1, 0, 3, 0], [1, 4, 3, 2], [0] * 6
     assert found == [
         ("topic", ":", [TOPICS.index("hello")]),
@@ -68,7 +69,9 @@ def test_auxiliary_heads_are_asked_at_the_right_tokens():
         ("image", "<0x0A>", [1, *second]), ("name", "▁a", [1, *first]), ("name", "nd", [1, *second]),
         ("pair", "nd", [1, 0, 1, 0]), ("topic", ":", [TOPICS.index("same")]),
         ("value", "▁large", [1, 1, *none]), ("topic", ":", [TOPICS.index("which")]),
-        ("name", "▁2", [1, *second]), ("name", "3", [0] + [IGNORE] * 4), ("topic", ":", [TOPICS.index("absent")])]
+        *(("which", token, [1, 1, *none]) for token in (":", "▁image", "▁b")),
+        ("name", "▁2", [1, *second]), ("name", "3", [0] + [IGNORE] * 4), ("topic", ":", [TOPICS.index("absent")]),
+        ("value", "▁blue", [0, 1, *none]), ("topic", ":", [TOPICS.index("is")]), ("is", ":", [1])]
 
 
 def test_words_of_a_scene_stand_at_its_image_positions():
@@ -140,10 +143,10 @@ def test_the_losses_of_pre_training_fall_and_its_folders_load(tmp_path, small, m
         f"LLaMA, {name}, written scenes, {shown} shown" for name in ("mmca", "causal")
         for shown in ("no or one", "two or three", "four to eight")]
     assert VisionTransformer.from_pretrained(tmp_path / "vit").config == pretrain.VIT
-    assert Llama.from_pretrained(tmp_path / "llama").config.vocab_size == 787
+    assert Llama.from_pretrained(tmp_path / "llama").config.vocab_size == 1021
     # The path that it was trained for stands in the file, and is the only difference.
     made, shipped = (Tokenizer(folder / "llama").model for folder in (tmp_path, WEIGHTS))
-    assert [made.id_to_piece(i) for i in range(787)] == [shipped.id_to_piece(i) for i in range(787)]
+    assert [made.id_to_piece(i) for i in range(1021)] == [shipped.id_to_piece(i) for i in range(1021)]
 
 
 def test_pre_training_that_is_interrupted_goes_on_as_if_it_had_not_been(tmp_path, monkeypatch):

@@ -28,7 +28,8 @@ def test_every_topic_has_phrases_for_training_and_others_for_the_exam():
         assert len(set(PHRASES[topic])) == len(PHRASES[topic]) and len(PHRASES[topic]) >= 7
         assert not {plainly(phrase) for phrase in UNSEEN_PHRASES[topic]} & known, topic
     begun = {f"{plainly(before)} {phrase}" for before in BEFORE for phrase in known}    # never before small talk
-    assert not {plainly(phrase) for topic in (*ABOUT_ONE, *COMPARING) for phrase in UNSEEN_PHRASES[topic]} & begun
+    assert not {plainly(phrase) for topic in (*ABOUT_ONE, *COMPARING, "again")
+                for phrase in UNSEEN_PHRASES[topic]} & begun
     assert not set(UNSEEN_BEFORE) & set(BEFORE) and not set(UNSEEN_THINGS) & set(THINGS)
 
 
@@ -105,19 +106,22 @@ def test_a_name_means_its_image_for_readers_and_for_the_auxiliary_heads():
         name = name_of(image, False, rng)
         assert number_of(name) == image, name
         pieces = re.findall(r"[A-Za-z]+|\d|#", f"Is {name}")
-        found = [named_image(pieces[:i + 1], latest=0) for i in range(len(pieces))]
+        found = [named_image(pieces[:i + 1], (pieces + [""])[i + 1], latest=0) for i in range(len(pieces))]
         assert [each for each in found if each is not None] == [image], name
         forms.add(re.sub(r"\d", "9", name) if name.split()[0] in NOUNS else name.split()[0])
     assert len(forms) > 15
     for image, number in ((11, "12"), (-1, "0")):
+        pieces = ["image", *number]
+        assert [named_image(pieces[:i + 1], (pieces + [""])[i + 1], 0) for i in range(len(pieces))][-1] == image
+        assert named_image(["image", "1"], "2", 0) is named_image(["the", "2"], "nd", 0) is None
         assert {name_of(image, False, rng) for _ in range(200)} == {f"{noun} {number}" for noun in NOUNS}
     assert any(name_of(3, True, rng).startswith("the last ") for _ in range(200))
 
 
 def test_the_header_of_an_image_is_no_name():
-    assert named_image(["###", "Image", "2"], 0) is named_image(["an", "image", "bc"], 0) is None
-    assert [named_image(words.split(), 4) for words in ("the image", "newest pic", "this photo")] == [4, 4, 4]
-    assert named_image(["it"], 4) is None                       # is what was talked about last
+    assert named_image(["###", "Image", "2"], ":", 0) is named_image(["an", "image", "bc"], "", 0) is None
+    assert [named_image(words.split(), "?", 4) for words in ("the image", "newest pic", "this photo")] == [4, 4, 4]
+    assert named_image(["it"], "?", 4) is None                       # is what was talked about last
 
 
 def test_topics_are_those_of_one_image_of_several_and_of_none():

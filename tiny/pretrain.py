@@ -10,6 +10,7 @@ what was interrupted goes on. Before: tiny/world.py. Next: tiny/exam.py.
 """
 import random
 import re
+import shutil
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
@@ -27,9 +28,9 @@ from data import SYSTEM, Encoded, Round, collate, encode, to_tensors
 from llama import Llama, LlamaConfig, Tokenizer
 from mmca import IMAGE, TEXT, all_text, separate
 from pixels import normalized, to_pixels
-from tiny.wording import (AFTER, ALL, ATTRIBUTES, BEFORE, BOTH, COMPARED, ENDINGS, GOODBYE, HELLO, IS, IT, LATEST,
-                          LETTERS, LOOKED_FOR, NAMELESS, NONE, NOTHING, NOUNS, NUMBERS, ORDINALS, OTHERWISE,
-                          PHRASES, REFUSALS, SEVERAL, SHORT_IT, THINGS, TOPICS, WELCOME)
+from tiny.wording import (AFTER, ALL, ALL_THREE, ATTRIBUTES, BEFORE, BOTH, COMPARED, ENDINGS, FILLERS, GOODBYE,
+                          HELLO, IS, IT, LATEST, LETTERS, LOOKED_FOR, NAMELESS, NONE, NOTHING, NOUNS, NUMBERS,
+                          ORDINALS, OTHERWISE, PHRASES, REFUSALS, SEVERAL, SHORT_IT, THINGS, TOPICS, WELCOME)
 from tiny.world import ALL_SCENES, VALUES, Scene, dialogue, draw_scene, random_scene, write_json
 from visualchat import IGNORE, whole_answers
 from vit import IN_CONFIG, PREFIX, VisionConfig, VisionTransformer
@@ -39,7 +40,7 @@ LLAMA = LlamaConfig(hidden_size=128, intermediate_size=336, num_hidden_layers=6,
                     num_key_value_heads=4, vocab_size=0, rope_theta=1000.0)     # vocab_size: see pretrain_llama
 VIT = VisionConfig(image_size=64, patch_size=8, width=96, layers=4, heads=4, mlp_width=384, output_dim=128,
                    n_queries=4, grid=8)
-WEIGHTS, UNFINISHED, STEPS = Path("weights/tiny"), Path("out/pretrain"), {"vit": 2500, "llama": 5500}
+WEIGHTS, UNFINISHED, STEPS = Path("weights/tiny"), Path("out/pretrain"), {"vit": 2500, "llama": 10000}
 N_IMAGES, N_FRESH = 20000, 2000         # images to learn from; images and conversations to test with
 N_VALUES = [len(values) for values in ATTRIBUTES.values()]
 # What was printed when weights/tiny was made. The ViT (12 minutes on one core) read of 2,000 fresh images size
@@ -52,10 +53,10 @@ N_VALUES = [len(values) for values in ATTRIBUTES.values()]
 def train_tokenizer(folder: Path) -> Tokenizer:
     """A sentencepiece model in LLaMA's format: a piece for each word of the tiny world, bytes for all others."""
     known = [*sum(PHRASES.values(), []), *sum(NAMELESS.values(), ()), *sum(IS.values(), ()), *IT, *LATEST,
-             *SHORT_IT, *NOUNS, *ORDINALS, *THINGS, *BEFORE, *AFTER, *sum(LOOKED_FOR.values(), ()),
+             *SHORT_IT, *NOUNS, *ORDINALS, *THINGS, *FILLERS, *BEFORE, *AFTER, *sum(LOOKED_FOR.values(), ()),
              *sum(SEVERAL.values(), ()), *sum(COMPARED.values(), ()), *sum(OTHERWISE.values(), ()), *REFUSALS,
-             HELLO, WELCOME, GOODBYE, *ALL, *BOTH, *VALUES, *ATTRIBUTES, *LETTERS, *LETTERS.upper(), *NUMBERS,
-             *"0123456789", "x0123456789", "image #1", *(f"1{ending}" for ending in ENDINGS), "number",
+             HELLO, WELCOME, GOODBYE, *ALL, *ALL_THREE, *BOTH, *VALUES, *ATTRIBUTES, *LETTERS, *LETTERS.upper(),
+             *NUMBERS, *"0123456789", "x0123456789", "image #1", *(f"1{ending}" for ending in ENDINGS), "number",
              "what's whats where's wheres how's hows who's whos that's thats u", "images pictures photos",
              "colour last latest newest new one", "yes no A big at the", NONE, NOTHING]
     known = [re.sub(r"{\w*}", "", text) for text in known]
@@ -165,23 +166,30 @@ def pretrain_vit(steps: int) -> VisionTransformer:
 #   pair    likewise, where it is the question's second image: for each attribute, whether both images share it
 #   value   from a word such as "red", in question or answer: for each image, whether it is red
 #   topic   from the token before an answer: what is asked
+#   is      from the token before an answer to `is`: whether it is yes
+#   which   from all tokens that an answer to `which` is read from: for each image, whether it belongs in the list
 # name of the head: (number of the layer, counted from 0, how many values each of the numbers has)
-MOST_IMAGES, COUNTS = 8, [1, 2, 2, 3, 3, 3, 4, 5, 6, 7, 8]     # COUNTS: how many images a conversation may have
+MOST_IMAGES, COUNTS = 8, [1, 2, 3, 3, 4, 5, 6, 7, 8, 8]     # COUNTS: how many images a conversation may have
 HEADS = {"image": (1, [MOST_IMAGES, *N_VALUES]), "name": (2, [2, *N_VALUES]), "pair": (3, [2] * 4),
-         "value": (3, [2] * MOST_IMAGES), "topic": (2, [len(TOPICS)])}
+         "value": (3, [2] * MOST_IMAGES), "topic": (2, [len(TOPICS)]), "is": (4, [2]),
+         "which": (4, [2] * MOST_IMAGES)}
 MEANS = {word: value for value in VALUES for word in (value, *OTHERWISE.get(value, ()))}
 
 
-def named_image(words: list[str], latest: int) -> int | None:
-    """Which image, counted from 0, the last of these words names, perhaps with those before it; or None."""
+def named_image(words: list[str], following: str, latest: int) -> int | None:
+    """Which image, counted from 0, the last of these words names, perhaps with those before it; or None.
+
+    following: the next word, which shows whether a number or an ordinal is complete.
+    """
     before, noun, word = ([""] * 3 + [word.lower() for word in words])[-3:]
+    if word.isdigit():                          # A number names an image; only in "### Image 2:" it shows one.
+        done = before != "###" and not following.isdigit() and following not in ENDINGS
+        return int((noun if noun.isdigit() else "") + word) - 1 if done else None
     if word in ORDINALS:
         return ORDINALS.index(word)
     if noun.isdigit() and word in ENDINGS:
         return int(noun) - 1
     if (noun in NOUNS and before != "###") or noun in ("number", "#"):
-        if word.isdigit():
-            return int(word) - 1
         for names in ([*LETTERS], NUMBERS):     # a list: in a text, "bc" would be found, too
             if word in names:
                 return names.index(word)
@@ -191,15 +199,17 @@ def named_image(words: list[str], latest: int) -> int | None:
 def head_targets(encoded: Encoded, scenes: list[Scene], topics: list[str],
                  tokenizer: Tokenizer) -> Iterator[tuple[str, int, list]]:
     """(head, position, numbers that it has to tell there) for all that is asked in a conversation."""
-    words = [tokenizer.model.id_to_piece(id).removeprefix("▁") for id in encoded.ids]
+    words = [tokenizer.model.id_to_piece(id).removeprefix("▁") for id in encoded.ids] + [""]
     attributes, n_shown, named, topics = [numbers_of(scene) for scene in scenes], 0, [], iter(topics)
+    topic, has = "", []             # of the last question; for each image whether it has the value named last
     for i, (word, kind, label) in enumerate(zip(words, encoded.kind, encoded.labels)):
         if kind == TEXT and i and encoded.kind[i - 1] == IMAGE:
             yield "image", i, [n_shown, *attributes[n_shown]]
             n_shown += 1
         if word == "<s>":
             named = []                                                      # A new round begins.
-        image = named_image(words[:i + 1][-3:], latest=n_shown - 1) if kind == TEXT and label == IGNORE else None
+        image = (named_image(words[:i + 1][-3:], words[i + 1], latest=n_shown - 1)
+                 if kind == TEXT and label == IGNORE else None)
         if image is not None:
             there = 0 <= image < n_shown
             named.append(attributes[image] if there else [IGNORE] * 4)
@@ -208,9 +218,16 @@ def head_targets(encoded: Encoded, scenes: list[Scene], topics: list[str],
                 yield "pair", i, [int(a == b) for a, b in zip(*named)]
         elif kind == TEXT and word.lower() in MEANS:
             value = MEANS[word.lower()]
-            yield "value", i, [int(value in scene) for scene in scenes[:n_shown]] + [0] * (MOST_IMAGES - n_shown)
-        if label == IGNORE and encoded.labels[i + 1:i + 2] not in ([], [IGNORE]):
-            yield "topic", i, [TOPICS.index(next(topics))]
+            has = [int(value in scene) for scene in scenes[:n_shown]] + [0] * (MOST_IMAGES - n_shown)
+            yield "value", i, has
+        if encoded.labels[i + 1:i + 2] not in ([], [IGNORE]):           # Here the next token of an answer is read.
+            if label == IGNORE:
+                topic = next(topics)
+                yield "topic", i, [TOPICS.index(topic)]
+                if topic == "is":
+                    yield "is", i, [int(words[i + 1] == "yes")]
+            if topic == "which":
+                yield "which", i, has
 
 
 def text_batch(rng: random.Random, tokenizer: Tokenizer, counts: list[int], n: int, n_rounds: int):
@@ -237,8 +254,8 @@ def text_batch(rng: random.Random, tokenizer: Tokenizer, counts: list[int], n: i
 def predict(llama: Llama, batch: dict, noise: float = 0.0) -> tuple[Tensor, Tensor]:
     """Logits (A, vocabulary) and targets (A) of the answer tokens.
 
-    Each word at an image position gets random noise of up to `noise` times the spread of word embeddings, because
-    no projection will meet words exactly.
+    Each word at an image position gets Gaussian noise, whose spread is a random share, up to `noise`, of that of
+    word embeddings, because no projection will meet words exactly.
     """
     targets, x = batch["labels"][:, 1:], llama.embed_tokens(batch["ids"])
     strength = noise * torch.rand_like(x[..., :1]) * llama.embed_tokens.weight.detach().std()
@@ -274,7 +291,7 @@ def reading(llama: Llama, tokenizer: Tokenizer, n: int) -> dict[str, dict[str, l
 
 
 def pretrain_llama(tokenizer: Tokenizer, steps: int) -> Llama:
-    """A LLaMA, trained with MMCA and causal attention in turn at random; prints how often it answers right."""
+    """A LLaMA, trained with MMCA or causal attention, by chance at each step; prints how often it is right."""
     llama, states = Llama(replace(LLAMA, vocab_size=tokenizer.model.vocab_size())), {}
     for parameter in llama.parameters():
         if parameter.ndim == 2:
@@ -340,7 +357,9 @@ def main():
         if name == "vit":
             write_vit(pretrain_vit(STEPS[name]), WEIGHTS / name)
         else:
-            write_llama(pretrain_llama(train_tokenizer(WEIGHTS / name), STEPS[name]), WEIGHTS / name)
+            tokenizer = train_tokenizer(UNFINISHED)
+            write_llama(pretrain_llama(tokenizer, STEPS[name]), WEIGHTS / name)
+            shutil.copy(UNFINISHED / "tokenizer.model", WEIGHTS / name)     # last: until then the old ones fit
 
 
 if __name__ == "__main__":
