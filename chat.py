@@ -274,11 +274,11 @@ def main():
     """
     options = read_options()
     sys.stdout.reconfigure(errors="backslashreplace")           # not every terminal knows every character
-    sys.stdin.reconfigure(errors="surrogateescape")             # nor does every file hold only such
     try:
         chat = open_chat(options)
         waiting = announce(options.images, first=1)
         if not options.question:
+            sys.stdin.reconfigure(errors="surrogateescape")     # nor does every file hold only such
             sys.exit(not converse(chat, waiting) and not sys.stdin.isatty())
         for line in options.question:
             print(f"> {line}")

@@ -270,15 +270,23 @@ def test_no_name_and_no_answer_commands_the_terminal(chat, image_files, tmp_path
     assert not {"\x1b", "\x07", "\x9b"} & set(out)
 
 
-@pytest.mark.parametrize("lines, status", [("What is it?\n", 0), ("none.png ?\nWhat is it?\n", 1)])
+def test_numbers_that_are_none_end_a_round_with_a_sentence_and_not_with_noise(chat):
+    chat.model.llama.lm_head.weight[5] = torch.nan
+    with pytest.raises(ValueError, match="values that are no finite numbers: are its weights damaged"):
+        "".join(chat.ask("What is it?"))
+    assert chat.ids == [] and not any(chat.cache.past)
+
+
+@pytest.mark.parametrize("lines, status", [
+    (b"What is it?\n", 0), (b"none.png ?\nWhat is it?\n", 1), (b"Is it \xff?\nWhat is it?\n", 0)])
 def test_a_bad_line_from_another_program_shows_in_the_exit_status(overfitted, config, tmp_path, monkeypatch, lines,
                                                                   status):
     save(tmp_path / "run", {name: p for name, p in overfitted[2].named_parameters() if p.requires_grad}, config)
     monkeypatch.setattr(sys, "argv", ["chat.py", "--model", str(tmp_path / "run")])
-    monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines), encoding="utf-8"))
     with pytest.raises(SystemExit) as end:
         program.main()
-    assert int(end.value.code) == status
+    assert int(end.value.code) == status and not sys.stdin.read()           # all lines were read
 
 
 @pytest.mark.parametrize("given, said", [

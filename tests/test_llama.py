@@ -295,6 +295,17 @@ def test_a_missing_or_damaged_tokenizer_is_named(tmp_path):
         Tokenizer(tmp_path)
 
 
+def test_a_tokenizer_that_loses_line_breaks_is_refused_and_ids_beyond_its_pieces_are_no_text(tokenizer, tmp_path):
+    assert tokenizer.decode([*tokenizer.encode("a cat"), 10 ** 6]) == "a cat"
+    model = io.BytesIO()
+    SentencePieceTrainer.train(sentence_iterator=iter(["Please describe the image."] * 20), model_writer=model,
+                               vocab_size=300, model_type="bpe", byte_fallback=True, hard_vocab_limit=False,
+                               minloglevel=2)                   # sentencepiece's own rules make a space of "\n"
+    (tmp_path / "tokenizer.model").write_bytes(model.getvalue())
+    with pytest.raises(ValueError, match="tokenizer.model has .* pieces, .* and line breaks: is it of another"):
+        Tokenizer(tmp_path)
+
+
 def test_recomputing_changes_neither_values_nor_gradients():
     model, kind, found = tiny(), torch.tensor([[1, 2, 2, 1, 1, 0], [1, 1, 2, 2, 1, 1]]), []
     for model.recompute in (False, True):

@@ -14,7 +14,7 @@ def given(monkeypatch, line: str) -> Options:
 
 @pytest.mark.parametrize("given, least", [
     ("--batch -16", 1), ("--epochs -1", 1), ("--save-steps 0", 1), ("--keep 0", 1), ("--plan --gpus 0", 1),
-    ("--plan --gpu-memory nan", 1),
+    ("--plan --gpu-memory nan", 1), ("--seed -1", 0), ("--seed 99999999999999999999", 0),
     ("--lr -1", 0), ("--epochs 0", 1), ("--batch 0", 1), ("--lr nan", 0), ("--embedding-lr inf", 0)])
 def test_a_number_that_is_too_small_is_refused_at_once(monkeypatch, capsys, given, least):
     monkeypatch.setattr(sys, "argv", ["train.py", *given.split()])

@@ -315,6 +315,22 @@ def test_the_index_is_made_once_and_again_when_the_file_changes(tmp_path, monkey
     assert sorted(path.name for path in tmp_path.iterdir()) == ["SD.json", "SD.json.index"]
 
 
+def test_a_text_that_is_too_long_for_an_image_is_not_read(tmp_path, monkeypatch):
+    file = tmp_path / "SD.json"
+    file.write_text(json.dumps({"SD_IMG_1": "QUJD" * 100}))
+    image, = encoded_images(file).values()
+    assert image.read_bytes() == b"ABC" * 100
+    monkeypatch.setattr("sources.MAX_BYTES", 200)
+    with pytest.raises(ValueError, match="SD.json, SD_IMG_1 takes 400 bytes, expected an image of at most 200"):
+        image.read_bytes()
+
+
+def test_a_key_that_is_no_text_is_named_with_its_file(tmp_path):
+    (tmp_path / "SD.json").write_text('{"SD_IMG_\\q": "QUJD"}')
+    with pytest.raises(ValueError, match="SD.json: the key at byte 0 is no JSON text"):
+        encoded_images(tmp_path / "SD.json")
+
+
 @pytest.mark.parametrize("index", ["", "{", "[]", '{"state": STATE}', '{"state": STATE, "texts": {"a": [7]}}',
                                    '{"state": STATE, "texts": {"a": [7, -1]}}',
                                    '{"state": STATE, "texts": {"a": [7, 4000]}}',
@@ -323,7 +339,10 @@ def test_a_damaged_index_is_made_again(tmp_path, index):
     file = tmp_path / "SD.json"
     file.write_text('{"a": "QQ=="}')
     state = f"[{file.stat().st_size}, {file.stat().st_mtime_ns}]"
-    (tmp_path / "SD.json.index").write_text(index.replace("STATE", state))
+    index = index.replace("STATE", state)
+    if "texts" in index:                                        # one that somebody gave the right checksum
+        index = json.dumps(json.loads(index) | {"checksum": sources.checksum(json.loads(index)["texts"])})
+    (tmp_path / "SD.json.index").write_text(index)
     assert encoded_images(file)["a"].read_bytes() == b"A"
     assert json.loads((tmp_path / "SD.json.index").read_text())["texts"] == {"a": [7, 4]}
 

@@ -210,7 +210,7 @@ def test_a_linear_probe_reads_all_attributes_from_the_shipped_vit():
 def test_the_shipped_llama_reads_written_scenes():
     llama = Llama.from_pretrained(WEIGHTS / "llama", dtype=torch.float32)
     table = pretrain.reading(llama, Tokenizer(WEIGHTS / "llama"), 400)
-    for group, bar, least in (("no or one", 0.98, 0.9), ("two or three", 0.97, 0.9), ("four to eight", 0.95, 0.7)):
+    for group, bar, least in (("no or one", 0.98, 0.9), ("two or three", 0.98, 0.9), ("four to eight", 0.98, 0.9)):
         right = [right for answers in table[group].values() for right in answers]
         assert sum(right) / len(right) >= bar
         assert all(sum(right) / len(right) >= least for right in table[group].values() if len(right) >= 20)

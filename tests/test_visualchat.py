@@ -348,6 +348,27 @@ def test_a_result_of_another_prompt_template_is_refused(model, config, tmp_path)
             load(tmp_path)
 
 
+@pytest.mark.parametrize("change, said", [
+    ({"size": 3}, "unknown setting 'size': 3"), ({"size": "8b"}, "'size': '8b'; .* sizes tiny, 7b, 13b, 70b"),
+    ({"attention": []}, "unknown setting 'attention'"), ({"vit": 7}, "unknown setting 'vit': 7"),
+    ({"llama": "/nowhere"}, "llama is '/nowhere', which is no folder: correct it"), ({"x" * 10 ** 6: ""}, "'xxx")])
+def test_each_setting_of_a_result_is_checked(model, config, tmp_path, change, said):
+    save(tmp_path, trained(model), config)
+    written = json.loads((tmp_path / CONFIG).read_text())
+    (tmp_path / CONFIG).write_text(json.dumps(written | change))
+    with pytest.raises((ValueError, OSError), match=f"{tmp_path / CONFIG}: .*{said}") as raised:
+        load(tmp_path)
+    assert len(str(raised.value)) < 1000
+
+
+def test_the_towers_of_a_result_are_found_from_any_working_folder(model, config, tmp_path, monkeypatch):
+    here = Path(config.llama).parent
+    monkeypatch.chdir(here)
+    save(tmp_path, trained(model), replace(config, llama=Path(config.llama).name))
+    monkeypatch.chdir(tmp_path)
+    assert load(tmp_path)[1].llama == config.llama
+
+
 def test_unknown_names_are_answered_with_the_known_ones(config):
     with pytest.raises(ValueError, match="no size '8b'; there are tiny, 7b, 13b, 70b"):
         towers(ModelConfig(size="8b"))

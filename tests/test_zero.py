@@ -122,7 +122,10 @@ def test_settings_of_ones_own_are_laid_over_but_not_over_what_flags_decide(monke
     own = {"zero_optimization": {"stage3_prefetch_bucket_size": 7}, "wall_clock_breakdown": True}
     for given, refused in ((own, ""), ({"gradient_accumulation_steps": 4}, "gradient_accumulation_steps 4"),
                            ({"zero_optimization": {"stage": 1}}, "stage 1"),
-                           ({"bf16": {"enabled": True}}, "bf16")):
+                           ({"bf16": {"enabled": True}}, "bf16"),
+                           ({"fp16": None}, "own.json: fp16 is None, expected"),
+                           ({"zero_optimization": 5}, "own.json: zero_optimization is 5, expected a setting like"),
+                           ({"gradient_clipping": {}}, "own.json: gradient_clipping is {}")):
         (tmp_path / "own.json").write_text(json.dumps(given))
         options = for_size(Options(deepspeed_config=str(tmp_path / "own.json"), precision="fp32"))
         if refused:

@@ -44,10 +44,10 @@ WEIGHTS, UNFINISHED, STEPS = Path("weights/tiny"), Path("out/pretrain"), {"vit":
 N_IMAGES, N_FRESH = 20000, 2000         # images to learn from; images and conversations to test with
 N_VALUES = [len(values) for values in ATTRIBUTES.values()]
 # What was printed when weights/tiny was made. The ViT (12 minutes on one core) read of 2,000 fresh images size
-# 0.9995, color 1.0000, shape 0.9970, place 0.9990, all four 0.9960. In 2,000 fresh conversations LLaMA (62 minutes
+# 0.9995, color 1.0000, shape 0.9970, place 0.9990, all four 0.9960. In 2,000 fresh conversations LLaMA (69 minutes
 # on two cores that had other work, too) answered right with MMCA and with causal attention: with no or one image
-# 2659 and 2660 of 2660, with two or three 7264 and 7264 of 7327 (weakest: "is", 0.939 and 0.939), with four to
-# eight 5786 and 5782 of 6013 (weakest: "which", 0.759 and 0.757, and "is", 0.824 and 0.826).
+# 2671 and 2670 of 2672, with two or three 5112 and 5110 of 5126, with four to eight 8162 and 8155 of 8202
+# (weakest: "is", 0.971 and 0.971).
 
 
 def train_tokenizer(folder: Path) -> Tokenizer:
