@@ -12,6 +12,7 @@ import argparse
 import base64
 import builtins
 import contextlib
+import copy
 import io
 import json
 import multiprocessing
@@ -112,18 +113,18 @@ def altered(value, rng: random.Random):
     value = json.loads(json.dumps(value))                       # no two parts of it are the same object
     for _ in range(rng.randint(1, 3)):
         if not (found := list(places(value))):
-            return rng.choice(ODD)
+            return copy.deepcopy(rng.choice(ODD))
         *path, last = rng.choice(found)
         inside = value
         for key in path:
             inside = inside[key]
         change = rng.randrange(6)
         if change < 3:
-            inside[last] = rng.choice(ODD)
+            inside[last] = copy.deepcopy(rng.choice(ODD))
         elif change == 3:
             del inside[last]
         elif change == 4 and isinstance(inside, list):
-            inside.insert(rng.randint(0, len(inside)), inside[last])
+            inside.insert(rng.randint(0, len(inside)), copy.deepcopy(inside[last]))
         elif isinstance(inside, dict):
             other = rng.choice([*inside, "video", "images", "image", "extra", last.upper(), ""])
             inside[last], inside[other] = inside.get(other), inside[last]
