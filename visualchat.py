@@ -217,8 +217,8 @@ def load(folder: Path, dtype=torch.float32, device="cpu") -> tuple[VisualChat, M
         if name not in default or not isinstance(value, str) or value not in known.get(name, [value]):
             raise ValueError(f"{folder / CONFIG}: unknown setting {name!r:.40}: {value!r:.60}; expected texts "
                              f"like {default}, sizes {', '.join(REPOSITORIES)}, attentions {', '.join(ATTENTION)}")
-        if name not in known and value and not os.path.isdir(value):
-            raise FileNotFoundError(f"{folder / CONFIG}: {name} is {value!r:.400}, which is no folder: correct it")
+        if name not in known and value and not os.path.isfile(f"{value}/{CONFIG}"):
+            raise FileNotFoundError(f"{folder / CONFIG}: {name} is {value!r:.400}, no folder of weights: correct it")
     config = ModelConfig(**found)
     model = build(config, dtype, device)
     load_trained(model, read_file(folder / TRAINED), folder / TRAINED)
