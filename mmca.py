@@ -75,7 +75,7 @@ def mmca(q: Tensor, k: Tensor, v: Tensor, kind: Tensor, past: int = 0) -> Tensor
 # Why can a frozen LLaMA cope with rows whose weights sum to 2? Attention adds its output to the residual stream,
 # and each part that reads the stream first divides it by its length (RMSNorm). So the second sum turns the stream
 # towards what the image shows, and hardly changes the scale that LLaMA is used to. In the tiny model the stream
-# after attention is 1.16 times as long as with the first softmax alone in the first layer, and 1.00 to 1.01 times
+# after attention is 1.16 times as long as with the first softmax alone in the first layer, and 0.99 to 1.01 times
 # in the others (`python tests/bench.py two_softmaxes`; nobody has measured it at the real sizes).
 
 def all_text(kind: Tensor) -> Tensor:

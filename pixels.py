@@ -52,7 +52,7 @@ def decoded(found: bytes) -> Image.Image:
     """The first frame of a file in its own mode, upright; of more than ENOUGH pixels, reduced. Raises anything."""
     with Image.open(BytesIO(found), formats=FORMATS) as image:
         announced = image.width * image.height                  # read first, which costs nothing
-        most = MAX_PIXELS * 2 // 5 if image.format == "WEBP" else MAX_PIXELS        # its reader keeps copies
+        most = MAX_PIXELS * 3 // 10 if image.format == "WEBP" else MAX_PIXELS       # its reader keeps copies
         if announced > most:
             raise ValueError(f"it has {image.width} x {image.height} pixels, expected at most {most:,}")
         if announced > ENOUGH:

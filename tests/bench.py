@@ -480,8 +480,8 @@ def worst():
                 ("16_bits.png", "I;16", width, {}), ("32_bits.tiff", "I", width, {"compression": "tiff_lzw"}),
                 ("float.tiff", "F", width, {"compression": "tiff_lzw"}), ("too_large.tiff", "I", 13300, {
                     "compression": "tiff_lzw"}), ("progressive.jpg", "RGB", width, {"progressive": True}),
-                ("cmyk.jpg", "CMYK", width, {}), ("lossless.webp", "RGB", 5650, {"lossless": True, "method": 0}),
-                ("rgba.webp", "RGBA", 5650, {"lossless": True, "method": 0}), ("frames.gif", "P", width, {}),
+                ("cmyk.jpg", "CMYK", width, {}), ("lossless.webp", "RGB", 4890, {"lossless": True, "method": 0}),
+                ("rgba.webp", "RGBA", 4890, {"lossless": True, "method": 0}), ("frames.gif", "P", width, {}),
                 ("raw.ppm", "RGB", 5700, {}), ("raw.bmp", "RGB", 5700, {})):
             file = Path(folder) / name
             Image.new(mode, (side, side)).save(file, **more)
