@@ -218,7 +218,7 @@ def load(folder: Path, dtype=torch.float32, device="cpu") -> tuple[VisualChat, M
             raise ValueError(f"{folder / CONFIG}: unknown setting {name!r:.40}: {value!r:.60}; expected texts "
                              f"like {default}, sizes {', '.join(REPOSITORIES)}, attentions {', '.join(ATTENTION)}")
         if name not in known and value and not os.path.isfile(f"{value}/{CONFIG}"):
-            raise FileNotFoundError(f"{folder / CONFIG}: {name} is {value!r:.400}, no folder of weights: correct it")
+            raise FileNotFoundError(f"{folder / CONFIG}: {name} is {value!r:.400}, no folder of weights: mend it")
     config = ModelConfig(**found)
     model = build(config, dtype, device)
     load_trained(model, read_file(folder / TRAINED), folder / TRAINED)

@@ -50,7 +50,7 @@ def test_bf16_trains_to_nearly_the_same_losses(world, tmp_path):
     write_world(tmp_path, 30, seed=1)
     expected, found = at_once(lambda: losses(world, "out/fp32", *few),
                               lambda: losses(world, "out/bf16", *few, "--precision", "bf16"))
-    assert found[0] == pytest.approx(expected[0], rel=4 * 2 ** -8)         # BF16 rounds each value to 2⁻⁸ of itself
+    assert found[0] == pytest.approx(expected[0], rel=4 * 2 ** -8)     # BF16 rounds values to 2⁻⁸ of themselves
     assert len(found) > 1 and sum(found) == pytest.approx(sum(expected), rel=0.05)
 
 

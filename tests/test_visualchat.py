@@ -351,7 +351,7 @@ def test_a_result_of_another_prompt_template_is_refused(model, config, tmp_path)
 @pytest.mark.parametrize("change, said", [
     ({"size": 3}, "unknown setting 'size': 3"), ({"size": "8b"}, "'size': '8b'; .* sizes tiny, 7b, 13b, 70b"),
     ({"attention": []}, "unknown setting 'attention'"), ({"vit": 7}, "unknown setting 'vit': 7"),
-    ({"llama": "/nowhere"}, "llama is '/nowhere', no folder of weights: correct it"), ({"x" * 10 ** 6: ""}, "'xxx")])
+    ({"llama": "/nowhere"}, "llama is '/nowhere', no folder of weights: mend it"), ({"x" * 10 ** 6: ""}, "'xxx")])
 def test_each_setting_of_a_result_is_checked(model, config, tmp_path, change, said):
     save(tmp_path, trained(model), config)
     written = json.loads((tmp_path / CONFIG).read_text())
