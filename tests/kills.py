@@ -38,11 +38,16 @@ def killed_run(world: Path, number: int, kills: int) -> tuple[int, int, int]:
     for _ in range(kills):
         before = at(folder)[0]
         run = begin(world, out, *OPTIONS, "--resume", ranks=ranks)
-        # Some kills come while the run starts; most wait for its first checkpoint and a moment more.
+        # Some kills come while the run starts, some at any moment after its first checkpoint, and half of them
+        # when it has begun to write the next one.
         deadline = time.time() + (chance.uniform(0, 15) if chance.random() < .2 else 120)
         while at(folder)[0] <= before and time.time() < deadline and run.poll() is None:
             time.sleep(0.005)
-        time.sleep(chance.uniform(0, 0.5))
+        if chance.random() < .5:
+            time.sleep(chance.uniform(0, 0.5))
+        else:
+            while not at(folder)[1] and time.time() < deadline and run.poll() is None:
+                time.sleep(0.001)
         if run.poll() is not None:
             raise SystemExit(f"run {number} ended before it was killed:\n{run.communicate()[0]}")
         kill(run, world, out)
