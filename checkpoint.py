@@ -117,7 +117,8 @@ def only_run(out: Path) -> Iterator[None]:
 
 def is_lost_rank(error: Exception) -> bool:
     """Whether PyTorch says that another rank has ended or does not answer; gloo's errors have no own type."""
-    return isinstance(error, torch.distributed.DistError) or "gloo" in str(error)
+    return isinstance(error, RuntimeError) and (isinstance(error, torch.distributed.DistError)
+                                                or "gloo" in str(error))
 
 
 @contextmanager
