@@ -97,8 +97,8 @@ def test_a_killed_rank_ends_the_others_with_a_line_that_says_so(world):
 
 def test_a_run_that_has_ended_is_not_begun_again_and_its_result_stays(world, reference):
     kept = {file: file.stat().st_mtime_ns for file in (world / "out/reference").rglob("*")}
-    resumed, again = begin(world, "out/reference", "--resume"), begin(world, "out/reference")
-    assert "out/reference holds a run that has ended" in finish(resumed)
+    assert "out/reference holds a run that has ended" in finish(begin(world, "out/reference", "--resume"))
+    again = begin(world, "out/reference")                       # one after the other: each holds the folder's lock
     assert "take another --out, or replace it with --overwrite" in again.communicate(timeout=120)[0]
     assert again.returncode == 1
     assert {file: file.stat().st_mtime_ns for file in (world / "out/reference").rglob("*")} == kept
