@@ -98,6 +98,12 @@ def identity(conversations: Iterable[Conversation]) -> str:
     return digest.hexdigest()
 
 
+def image_names(conversations: Iterable[Conversation], data: Path) -> list[str]:
+    """The image files of these conversations, as they are called in the data folder."""
+    return sorted({str(image.relative_to(data)) for conversation in conversations for one in conversation.rounds
+                   for image in one.images if isinstance(image, Path)})
+
+
 # ---- one run at a time, and what cannot be written ----
 
 @contextmanager

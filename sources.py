@@ -125,11 +125,21 @@ def exchanges(record: dict, name: str, speaker: str, pair: list[str], images: st
     return list(zip(messages[::2], messages[1::2]))
 
 
+COUNTED: set[Path] = set()      # files that count as being there, although somebody may have lost them
+
+
 @cache
 def file_names(folder: Path) -> frozenset[str]:
     """Names of the files in a folder and of links to files, read once: to ask for each record would take long."""
     return frozenset(entry.name for entry in os.scandir(folder) if entry.is_file(follow_symlinks=False)
-                     or entry.is_symlink() and os.path.isfile(entry.path))
+                     or entry.is_symlink() and os.path.isfile(entry.path)) | {
+                         path.name for path in COUNTED if path.parent == folder}
+
+
+def count_as_there(files: Iterable[Path]):
+    """Let a run go on with the conversations that it began with; what is lost is noticed when it is opened."""
+    COUNTED.update(files)
+    file_names.cache_clear()
 
 
 def inside(folder: Path, name: str) -> Path:
@@ -150,6 +160,9 @@ def tidy_round(images: Iterable[ImageFile], question: str, answer: str) -> Round
         raise ValueError(f"a question or answer holds half a character: {question[:60]!r}, {answer[:60]!r}")
     if not question or not answer:
         raise ValueError(f"an empty question or answer: {question[:60]!r}, {answer[:60]!r}")
+    for mark in re.findall(r"^<(\w+)>|<(\w+)>$", question) + re.findall(r"^<(\w+)>|<(\w+)>$", answer):
+        if MEDIUM.fullmatch("".join(mark)):
+            raise ValueError(f"the mark <{''.join(mark)}> cannot be shown: {question[:60]!r}, {answer[:60]!r}")
     return Round(tuple(images), question, answer)
 
 

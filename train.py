@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, get_worker_info
 from tqdm import tqdm
 
 # First of ours, because it sets what deepspeed must find in the environment when it is imported.
@@ -30,13 +30,13 @@ from zero import (DTYPES, build_model, check_machine, check_options, dist, engin
                   per_rank, plan_text, settings_for, share_of_peak, start)
 
 from album import KeptFeatures
-from checkpoint import (Stop, has_ended, identity, is_lost_rank, latest, load_checkpoint, only_run, read_log,
-                        remove_checkpoints, save_checkpoint, trained, write_log, writing)
+from checkpoint import (Stop, has_ended, identity, image_names, is_lost_rank, latest, load_checkpoint, only_run,
+                        read_log, remove_checkpoints, save_checkpoint, trained, write_log, writing)
 from data import Conversations, collate, order, pack, split
 from llama import Tokenizer
 from mmca import IMAGE
 from recipe import Options, command_line
-from sources import n_sharing, read_datasets
+from sources import count_as_there, n_sharing, read_datasets
 from tiny.world import DATA, ensure
 from visualchat import IGNORE, ModelConfig, VisualChat, save, towers, whole_answers
 from vit import VisionTransformer
@@ -98,6 +98,25 @@ def workers_that_fit(options: Options, conversations: Conversations, say: Callab
     return replace(options, workers=0)
 
 
+def loader_failed(reason: str) -> str:
+    return (f"the processes that open images failed: {reason} If the memory that processes share, /dev/shm, is full, "
+            "make it larger (in Docker with --shm-size), or take --workers 0")
+
+
+def packed(examples: list[dict[str, Tensor]], positions: int) -> list[dict]:
+    """`pack`; a worker process also brings the batches into the memory that processes share.
+
+    Else PyTorch would do it in a thread, and where that memory is full, nobody would hear of it. Raises ValueError.
+    """
+    batches = pack(examples, positions)
+    try:
+        for x in (x for batch in batches for x in batch.values() if get_worker_info() and isinstance(x, Tensor)):
+            x.share_memory_()
+    except RuntimeError as error:
+        raise ValueError(loader_failed(f"{error}.")) from error
+    return batches
+
+
 def loader(conversations: Conversations, indices: list[int], options: Options) -> Iterator[list[dict]]:
     """For each step this rank's packed batches of these conversations in this order, made by worker processes.
 
@@ -105,15 +124,13 @@ def loader(conversations: Conversations, indices: list[int], options: Options) -
     """
     try:
         yield from DataLoader(conversations, per_rank(options, dist.get_world_size()), sampler=indices,
-                              num_workers=options.workers, collate_fn=partial(pack, positions=options.positions),
+                              num_workers=options.workers, collate_fn=partial(packed, positions=options.positions),
                               worker_init_fn=ignore_signals, pin_memory=torch.cuda.is_available(),
                               timeout=600 if options.workers else 0)    # seconds, then a worker counts as lost
     except RuntimeError as error:
         if "DataLoader" not in str(error) or str(error).startswith("Caught"):       # that is a mistake in our code
             raise
-        raise ValueError(f"the processes that open images failed: {str(error).splitlines()[0]} If the memory that "
-                         "processes share, /dev/shm, is full, make it larger (in Docker with --shm-size), or take "
-                         "--workers 0") from error
+        raise ValueError(loader_failed(str(error).splitlines()[0])) from error
 
 
 def blank_batch(conversations: Conversations) -> dict:
@@ -335,18 +352,22 @@ def train_model(options: Options, progress: dict | None, say: Callable[[str], No
     config = ModelConfig(options.size, options.attention, options.llama, options.vit)
     model = build_model(options, config)
     tokenizer = Tokenizer(towers(config)[0], model.llama.config.vocab_size)
+    if progress and options.skip_bad:                           # what was lost since the start is skipped then
+        count_as_there(data / name for name in progress.get("images", ()))
     train, held_out = load_data(options, config, tokenizer, model)
     options = workers_that_fit(workers_that_fit(options, train, say), held_out, say)
     all_steps = len(train) // options.batch * options.epochs
     engine = engine_for(model, options, all_steps, universal=bool(progress) and progress["ranks"] != ranks)
-    known = identity([*train.conversations, *held_out.conversations])
+    conversations = [*train.conversations, *held_out.conversations]
+    known = identity(conversations)
     if progress:
         if progress["data"] != known:
             raise ValueError(f"{out} was started on other conversations than {data} holds now, or on others of "
                              "them: go on with the data as it was, or start again, into another --out")
         load_checkpoint(engine, options, progress)
     if not fit(engine, train, held_out, options, config,
-               progress or dict(step=0, best=math.inf, saved=[], data=known)):
+               progress or dict(step=0, best=math.inf, saved=[], data=known,
+                                images=image_names(conversations, data))):
         say(f"stopped; the same command with --resume goes on from {out}")
         return False
     if rank == 0:
@@ -402,6 +423,8 @@ def main():
         in_worker = str(error).startswith("Caught")             # then leave its traceback out
         sys.exit(printable("train.py: " + str(error).strip().rpartition("ValueError: " if in_worker else "\0")[2]))
     except RuntimeError as error:
+        if str(error).startswith("DataLoader worker"):          # was killed; PyTorch says so wherever we are
+            sys.exit(f"train.py: {loader_failed(str(error).splitlines()[0])}")
         if not is_lost_rank(error):
             raise
         sys.exit(f"train.py: rank {dist.get_rank()} lost another rank, which was killed or does not answer: go on "

@@ -13,7 +13,7 @@ import zipfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from pathlib import Path
 
 import torch
@@ -73,10 +73,9 @@ def sizes(kind: type, found: dict, source: Path):
     if bad:
         raise ValueError(f"{source} has {', '.join(bad)}, expected positive numbers, whole and not huge ones for "
                          "sizes")
-    try:
-        return kind(**{field.name: field.type(found[field.name]) for field in fields(kind) if field.name in found})
-    except TypeError as error:
-        raise ValueError(f"{source} lacks a size: {error}") from error
+    if absent := [field.name for field in fields(kind) if field.name not in found and field.default is MISSING]:
+        raise ValueError(f"{source} lacks {', '.join(absent)}")
+    return kind(**{field.name: field.type(found[field.name]) for field in fields(kind) if field.name in found})
 
 
 # ---- where weights lie ----

@@ -3,6 +3,7 @@ import csv
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -133,6 +134,13 @@ def test_a_run_with_other_options_is_not_resumed(world):
     (other / "llava/conversation_58k.json").write_text(json.dumps(records[::-1]))
     run = begin(world, "out/other-options", "--resume", "--skip-bad", "--data", str(other))
     assert "was started on other conversations than" in run.communicate(timeout=120)[0] and run.returncode != 0
+    # An image that is lost meanwhile: the run says what helps, and it helps.
+    shutil.copytree(world / "data/tiny", lost := world / "data/lost")
+    (image := sorted((lost / "coco/train2017").iterdir())[5]).unlink()
+    run = begin(world, "out/other-options", "--resume", "--data", str(lost))
+    assert re.search(f"no image '{image.name}' .*leave it out with --skip-bad", run.communicate(timeout=120)[0])
+    assert "conversations skipped since the start" in finish(
+        begin(world, "out/other-options", "--resume", "--skip-bad", "--data", str(lost)))
 
 
 def test_a_run_of_another_prompt_template_is_not_resumed(tmp_path):

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -19,7 +20,7 @@ from data import Conversations
 from mmca import IMAGE
 from recipe import Options, for_size
 from tiny.world import write_world
-from training import ROOT, SCRIPT, at, at_once, launch, losses
+from training import ROOT, SCRIPT, at, at_once, begin, launch, losses, wait_for
 from train import alike_on_all_ranks, blank_batch
 from visualchat import IGNORE, build, load
 from vit import VisionConfig
@@ -184,3 +185,27 @@ def test_every_rank_gets_as_many_batches_and_each_has_an_image(monkeypatch, feat
     assert found[0]["labels"].tolist() == [[IGNORE, 5, 2] + [IGNORE] * 4]
     assert [len(batch[name]) for batch in found] == [1, 1, 1] and not found[0][name].any()
     assert found[2]["lengths"] == [4] and (found[2]["labels"] == IGNORE).all()
+
+
+def workers(process: int) -> list[int]:
+    """The processes that a process of training has begun to open images."""
+    return [int(child.parent.name) for child in Path("/proc").glob("[0-9]*/stat")
+            if child.exists() and child.read_text().rpartition(")")[2].split()[1] == str(process)]
+
+
+def test_a_worker_that_is_killed_ends_training_with_a_line_that_says_what_to_do(world):
+    run = begin(world, "out/killed-worker", "--workers", "2", "--epochs", "50", "--save-steps", "1")
+    wait_for(run, lambda: at(world / "out/killed-worker/checkpoints")[0] and workers(run.pid))
+    os.kill(workers(run.pid)[0], signal.SIGKILL)
+    printed = run.communicate(timeout=120)[0]
+    assert run.returncode == 1 and "Traceback" not in printed, printed
+    assert "train.py: the processes that open images failed: DataLoader worker" in printed and "--workers 0" in printed
+
+
+def test_where_workers_cannot_pass_images_on_training_ends_at_once_and_says_why(world):
+    command = [sys.executable, SCRIPT, "--out", "out/no-memory", "--workers", "1", "--cache-features", ""]
+    # A bound on the size of files stands for a small /dev/shm, which only an administrator can make.
+    done = subprocess.run(["bash", "-c", 'ulimit -f 20; exec "$@"', "bash", *command], cwd=world, capture_output=True,
+                          text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=60)
+    assert done.returncode == 1 and re.search("train.py: the processes that open images failed: .*--shm-size",
+                                              done.stderr), done.stderr
