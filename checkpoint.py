@@ -112,8 +112,12 @@ def only_run(out: Path) -> Iterator[None]:
 
     Raises ValueError where another run has it and OSError where the folder cannot be written.
     """
-    out.mkdir(parents=True, exist_ok=True)
-    with open(out / ".lock", "a") as file:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        file = open(out / ".lock", "a")
+    except OSError as error:
+        raise OSError(f"{out} cannot be a folder for the result: {error.strerror}. Take another --out") from error
+    with file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
@@ -136,6 +140,8 @@ def writing(folder: Path) -> Iterator[None]:
         if isinstance(error, torch.OutOfMemoryError) or is_lost_rank(error):
             raise
         reason = (str(error) or type(error).__name__).splitlines()[0]
+        if folder.exists() and shutil.disk_usage(folder).free < 2 ** 16:       # PyTorch has its own words for it
+            reason = "no space is left"
         raise OSError(f"could not write into {folder}: {reason}. Make room there, or make it writable, and go on "
                       "with --resume") from error
 

@@ -110,6 +110,8 @@ def is_whole(folder: Path) -> bool:
     if not (folder / "config.json").exists():
         return False
     try:
+        if read_json(folder / "config.json").get("model_type") == "llama" and not (folder / "tokenizer.model").exists():
+            return False
         return bool((folder / "trained.safetensors").exists() or shards(folder, "transformer.visual.") or
                     shards(folder, ""))
     except (OSError, ValueError):
@@ -193,7 +195,8 @@ def read_file(path: Path, prefix: str = "") -> dict[str, Tensor]:
         return {name: tensor for name, tensor in pickled.items() if name.startswith(prefix)}
     except Exception as error:                      # damaged files make readers raise errors of all kinds
         reason = printable(f"{type(error).__name__} {error}".splitlines()[0][:200])
-        raise ValueError(f"{path} is damaged or holds no tensors, get it again: {reason}") from error
+        raise ValueError(f"{path} is damaged, or holds other things than dense tensors of floating-point numbers: "
+                         f"get it again. {reason}") from error
 
 
 def read_tensors(folder: Path, prefix: str) -> Iterator[tuple[str, Tensor]]:

@@ -98,7 +98,7 @@ def test_an_index_without_a_table_is_refused(llama_folder):
 
 def test_a_pickle_of_something_else_is_refused(tmp_path):
     torch.save({"lm_head.weight": 3}, tmp_path / "pytorch_model.bin")
-    with pytest.raises(ValueError, match="holds no tensors"):
+    with pytest.raises(ValueError, match="holds other things than dense tensors"):
         read_file(tmp_path / "pytorch_model.bin")
 
 
@@ -109,7 +109,7 @@ class Greedy:
 
 def test_a_pickle_cannot_ask_for_memory(tmp_path):
     torch.save({"lm_head.weight": Greedy()}, tmp_path / "pytorch_model.bin")
-    with pytest.raises(ValueError, match="model.bin is damaged or holds no tensors, .* it names .*bytearray"):
+    with pytest.raises(ValueError, match="model.bin is damaged, or holds other things than .* it names .*bytearray"):
         read_file(tmp_path / "pytorch_model.bin")
 
 
@@ -160,7 +160,7 @@ def test_a_pickle_s_values_are_those_that_lie_in_the_file_for_them(tmp_path, cha
     torch.save({"a": torch.ones(100)}, file)
     assert read_file(file)["a"].sum() == 100
     rezipped(file, **changes)
-    with pytest.raises(ValueError, match=f"{file} is damaged or holds no tensors"):
+    with pytest.raises(ValueError, match=f"{file} is damaged, or holds other things"):
         read_file(file)
 
 
@@ -275,7 +275,7 @@ def tower(folder: Path, *files: str):
     """A folder with empty files of these names, by default those of a tower."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in files or ("config.json", "model.safetensors"):
-        (folder / name).touch()
+        (folder / name).write_text("{}" if name == "config.json" else "")
 
 
 def test_the_newest_snapshot_is_found_and_a_local_folder_before_it(nowhere, tmp_path):
@@ -318,3 +318,13 @@ def test_the_cache_lies_where_hugging_face_s_programs_put_it(nowhere, tmp_path, 
         monkeypatch.setenv(name, value.format(home=tmp_path))
     tower(tmp_path / cache / "models--Qwen--Qwen-VL/snapshots/one")
     assert find_weights("Qwen/Qwen-VL") == tmp_path / cache / "models--Qwen--Qwen-VL/snapshots/one"
+
+
+def test_a_llama_without_its_tokenizer_is_passed_over(nowhere, tmp_path):
+    snapshots = nowhere.parents[1] / "models--meta-llama--Llama-2-7b-hf/snapshots"
+    for name, time in (("new", 2e9), ("old", 1e9)):
+        tower(snapshots / name)
+        (snapshots / name / "config.json").write_text('{"model_type": "llama"}')
+        os.utime(snapshots / name, (time, time))
+    tower(snapshots / "old", "tokenizer.model")
+    assert find_weights("meta-llama/Llama-2-7b-hf") == snapshots / "old"
