@@ -1,42 +1,81 @@
-"""Talk to a trained model in the terminal: several rounds, several images, answers as they are made.
+"""Talk to a trained model: several rounds, several images, answers as they are made.
 
     python chat.py examples/a.png examples/b.png                          asks for questions, round after round
     python chat.py examples/a.png --question "Describe image 1."          answers and ends
 
+    chat = Chat.open("out/tiny")                                          from Python
+    chat.ask("Describe image 1.", "examples/a.png")
+
 An image can join in any round: name its file in the question. A round costs only its own tokens, because a cache
-keeps the keys and values of all earlier ones. Under MMCA an image has the same keys and values in every
-conversation, so an image that was shown before need not be computed again. Needs no deepspeed. Before:
-visualchat.py, data.py. Side rooms: album.py (images that were shown before), decode.py (--compile).
+keeps the keys and values of all earlier ones. Needs no deepspeed. Before: visualchat.py, data.py. Side rooms:
+terminal.py (what becomes of a line), album.py (images that were shown before), decode.py (--compile), page.py
+(where the model looked).
 """
-import argparse
-import contextlib
-import os
-import re
-import shutil
+import base64
+import binascii
+import json
+import signal
 import sys
+import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from io import BytesIO
 from pathlib import Path
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)                # Ctrl-C while all this is imported ends without a word
 
 import torch
 from PIL import Image
 from torch import Tensor
 
 from album import Album, digest_of, fingerprint
-from data import Encoded, Round, encode_round
+from data import Encoded, ImageFile, Round, encode_round
 from decode import compile_step
 from llama import Cache, Tokenizer
-from mmca import ATTENTION, TEXT
-from pixels import can_be_read, load_pixels, read_image
-from visualchat import TRAINED, VisualChat, load, towers
-from weights import find_weights, printable
-
-with contextlib.suppress(ImportError):
-    import readline                                             # line editing and history, where the system has it
-
-HELP = "Ask about the images; name an image file to add it. /new starts over without any, /quit or Ctrl-D ends."
+from mmca import IMAGE
+from names import as_path
+from page import draw_heatmap, write_page
+from pixels import load_pixels
+from terminal import Terminal, converse, read_options
+from visualchat import TRAINED, Sampling, VisualChat, load, towers
+from weights import find_weights, printable, read_json, replacing
 
 
 # ---- a conversation ----
+
+@dataclass(frozen=True)
+class InMemory:
+    """An image that is no file, such as one that was drawn, as PNG."""
+    content: bytes
+
+    def read_bytes(self) -> bytes:
+        return self.content
+
+    def __str__(self) -> str:
+        return "an image without a file"
+
+
+def as_file(image) -> ImageFile:
+    """An image that is named by a str or a Path, or a PIL image, as the other files want it."""
+    if isinstance(image, Image.Image):
+        image.save(content := BytesIO(), "PNG")
+        return InMemory(content.getvalue())
+    return Path(image) if isinstance(image, str) else image
+
+
+@dataclass
+class Answered:
+    """A round of a chat, and the answer as the model gave it."""
+    images: tuple[ImageFile, ...]
+    digests: tuple[str, ...]        # what the images are known by
+    question: str
+    ids: list[int] = field(default_factory=list)        # of the answer, without </s>
+    has_ended: bool = False         # by </s>; else somebody stopped it, or it was cut
+    first_after: float = 0.0        # seconds from the question to the first token
+    seconds: float = 0.0            # and to the last one
+
 
 def in_pieces(ids: Iterable[int], tokenizer: Tokenizer) -> Iterator[str]:
     """The text of ids, as they come, in pieces of whole characters; a character can take several ids."""
@@ -52,237 +91,259 @@ def in_pieces(ids: Iterable[int], tokenizer: Tokenizer) -> Iterator[str]:
 
 
 class Chat:
-    """One conversation: its ids and kinds so far, and the cache, which holds all of them but the last few."""
+    """One conversation: its rounds, and a cache of keys and values of what they say, or of a beginning of it.
+
+    So taking a round back is to forget it and what the cache has of it, and loading a conversation computes
+    nothing: the next question brings what the cache lacks.
+    """
 
     def __init__(self, model: VisualChat, tokenizer: Tokenizer, album: Album | None = None,
-                 temperature: float = 0.0, top_p: float = 1.0, step: Callable | None = None):
-        self.model, self.tokenizer, self.album = model, tokenizer, album or Album(model)
-        self.temperature, self.top_p, self.step = temperature, top_p, step      # as in VisualChat.generate
-        self.ids, self.kind, self.n_images = [], [], 0
-        self.cache = Cache(model.llama, 1, model.llama.config.max_position_embeddings)
+                 step: Callable | None = None):
+        self.model, self.tokenizer, self.album, self.step = model, tokenizer, album or Album(model), step
+        self.sampling, self.max_new_tokens = Sampling(), 512
+        self.forgets = False        # whether the oldest rounds are left out where the context is full
+        self.rounds: list[Answered] = []
+        self.cache = Cache(model.llama, 1, self.limit)
+        self.running = (piece for piece in ())                  # of the last answer
+        self.description = ""
 
-    def again(self) -> "Chat":
-        """A new conversation with the same model and album."""
-        return Chat(self.model, self.tokenizer, self.album, self.temperature, self.top_p, self.step)
+    @classmethod
+    def open(cls, folder: Path | str, attention: str | None = None, keep: Path | None = None,
+             compiled: bool = False, device: torch.device | str | None = None) -> "Chat":
+        """A conversation with a training result. attention: another form; keep: a folder for the Album.
 
-    def read(self, new: Encoded) -> Tensor:
+        FP32 on a CPU, else FP16. Raises FileNotFoundError or ValueError where something is absent or unfit.
+        """
+        folder = Path(folder)
+        device = torch.device(device or torch.accelerator.current_accelerator(check_available=True) or "cpu")
+        model, config = load(folder, torch.float32 if device.type == "cpu" else torch.float16, device)
+        wanted = attention or config.attention
+        if wanted != config.attention and "causal" in (wanted, config.attention):
+            raise ValueError(f"{folder} was trained with {config.attention} attention, which --attention {wanted} "
+                             "does not fit")
+        model.llama.attention = wanted
+        if keep and wanted != "mmca":
+            raise ValueError(f"--keep needs MMCA: under {wanted} attention an image's keys are made anew each time")
+        if compiled and wanted == "written":
+            raise ValueError("--compile has a form of attention of its own: leave out --attention written")
+        album = Album(model, keep and Path(keep) / fingerprint(folder, config))
+        tokenizer = Tokenizer(towers(config)[0], model.llama.config.vocab_size)
+        chat = cls(model, tokenizer, album, compile_step(model.llama) if compiled else None)
+        chat.description = f"{folder}: LLaMA-2 {config.size}, {wanted}, on {device.type}"
+        return chat
+
+    @property
+    def limit(self) -> int:
+        return self.model.llama.config.max_position_embeddings
+
+    @property
+    def images(self) -> list[ImageFile]:
+        """All images that were shown, in the order of their numbers."""
+        return [image for one in self.rounds for image in one.images]
+
+    def encoded(self, rounds: list[Answered], waits: bool = False) -> Encoded:
+        """Ids and kinds of these rounds; waits: the last one has no answer yet."""
+        out = Encoded([], [], [], [])
+        for number, one in enumerate(rounds, 1):
+            out += encode_round(Round(one.images, one.question), len(out.images), number == 1, self.tokenizer,
+                                self.model.vit.config.n_queries)
+            if number < len(rounds) or not waits:
+                out.add_text([*one.ids, self.tokenizer.eos], is_answer=True)
+        return out
+
+    def answer_of(self, one: Answered) -> str:
+        return self.tokenizer.decode(one.ids)
+
+    def without_oldest(self, rounds: list[Answered]) -> list[Answered]:
+        """The last of these rounds, at least one, so many that an answer has room; images move to the first.
+
+        Under MMCA the images cost nothing more than their positions: their keys and values are known.
+        """
+        while len(rounds) > 1 and len(self.encoded(rounds, True).ids) + self.max_new_tokens > self.limit:
+            oldest, first, *rest = rounds
+            rounds = [replace(first, images=oldest.images + first.images,
+                              digests=oldest.digests + first.digests), *rest]
+        return rounds
+
+    def read(self, one: Answered) -> Tensor:
         """Add a round that waits for its answer; returns the logits (1, vocabulary) of the first answer token.
 
         Raises ValueError where the context is full, and as `read_image` does; then nothing was added.
         """
-        model, device, before = self.model, self.model.projection.weight.device, self.cache.past
-        limit = model.llama.config.max_position_embeddings
-        if len(self.ids) + len(new.ids) >= limit:
-            raise ValueError(f"{len(self.ids)} positions and {len(new.ids)} more exceed {limit}: /new starts over")
-        fed = len(before[0])                                    # the cache lacks the end of the last answer
-        ids, kind = (torch.tensor([values[fed:]], device=device)
-                     for values in (self.ids + new.ids, self.kind + new.kind))
+        model, device, rounds = self.model, self.model.projection.weight.device, [*self.rounds, one]
+        new = self.encoded(rounds, waits=True)
+        if self.forgets and len(new.ids) + self.max_new_tokens > self.limit and len(rounds) > 1:
+            rounds, self.cache.past = self.without_oldest(rounds), [()]
+            new = self.encoded(rounds, waits=True)
+        if (n_new := len(new.ids)) >= self.limit:
+            raise ValueError(f"{n_new} positions exceed the {self.limit} of the context: /clear starts over, and "
+                             "--forget leaves out the oldest rounds")
+        before = self.cache.past
+        fed = len(before[0])
+        ids, kind = (torch.tensor([values[fed:]], device=device) for values in (new.ids, new.kind))
+        known = new.kind[:fed].count(IMAGE) // model.vit.config.n_queries
+        files, digests = new.images[known:], [digest for one in rounds for digest in one.digests][known:]
         try:
-            is_mmca, digests = model.llama.attention == "mmca", [digest_of(file) for file in new.images]
             # Under other forms of attention an image's keys depend on what was before it, so none is known.
-            known = self.album.find_all(digests) if is_mmca else None
-            if new.images and known is None:
-                images = torch.stack([load_pixels(file, model.vit.config.image_size) for file in new.images])
+            is_mmca = model.llama.attention == "mmca"
+            image_kv = self.album.find_all(digests) if is_mmca else None
+            if files and image_kv is None:
+                images = torch.stack([load_pixels(file, model.vit.config.image_size) for file in files])
                 tokens = model.image_tokens(images.to(device))          # (images, n_queries, C)
                 logits = model.prefill(model.embed(ids, kind, tokens), kind, self.cache)
                 if is_mmca:
                     self.album.add(digests, self.cache.newest_images(tokens.shape[0] * tokens.shape[1]))
             else:
-                logits = model.prefill(model.llama.embed_tokens(ids), kind, self.cache, image_kv=known)
-            if not logits.isfinite().all():
-                raise ValueError("the model computes values that are no finite numbers: are its weights damaged?")
+                logits = model.prefill(model.llama.embed_tokens(ids), kind, self.cache, image_kv=image_kv)
+            if not logits.isfinite().all() or logits.amin() == logits.amax():
+                raise ValueError("the model computes values that are no finite numbers, or all the same: are its weights damaged?")
         except BaseException:                                   # Ctrl-C, too
             self.cache.past = before
             raise
-        self.ids, self.kind = self.ids + new.ids, self.kind + new.kind
-        self.n_images += len(new.images)
+        self.rounds = rounds
         return logits
 
-    def answer(self, logits: Tensor, max_new_tokens: int) -> Iterator[int]:
-        """The ids of the answer. However it ends, with Ctrl-C, too, the conversation has all of them and </s>."""
-        try:
-            for token in self.model.generate(logits, self.cache, max_new_tokens, self.temperature, self.top_p,
-                                             self.step):
-                if token.item() == self.tokenizer.eos:
-                    break
-                self.ids.append(token.item())
-                yield token.item()
-        finally:
-            self.ids.append(self.tokenizer.eos)
-            self.kind += [TEXT] * (len(self.ids) - len(self.kind))
+    def answer(self, logits: Tensor, one: Answered, started: float) -> Iterator[int]:
+        """The ids of the answer. However it ends, with Ctrl-C, too, the round has all of them."""
+        for token in self.model.generate(logits, self.cache, self.max_new_tokens, self.sampling, self.step):
+            one.seconds = time.perf_counter() - started
+            one.first_after = one.first_after or one.seconds
+            if token.item() == self.tokenizer.eos:
+                one.has_ended = True
+                return
+            one.ids.append(token.item())
+            yield token.item()
 
     @torch.no_grad()
-    def ask(self, question: str, files: list[Path] = (), max_new_tokens: int = 512) -> Iterator[str]:
-        """Show the images, ask, and yield the answer piece by piece.
-
-        Raises FileNotFoundError or ValueError for an image that cannot be read and ValueError where the context is
-        full; the conversation is then as it was before.
-        """
-        new = encode_round(Round(tuple(files), question), self.n_images, not self.ids, self.tokenizer,
-                           self.model.vit.config.n_queries)
-        logits = self.read(new)
+    def pieces(self, question: str, files: list[ImageFile]) -> Iterator[str]:
+        started = time.perf_counter()
+        logits = self.read(Answered(tuple(files), tuple(digest_of(file) for file in files), question))
         try:
-            yield from in_pieces(self.answer(logits, max_new_tokens), self.tokenizer)
+            yield from in_pieces(self.answer(logits, self.rounds[-1], started), self.tokenizer)
         finally:
-            self.album.save()                                   # after the answer, which should not wait for it
+            try:
+                self.album.save()                               # after the answer, which should not wait for it
+            except OSError as error:                            # The conversation does not need what is kept.
+                warnings.warn(str(error))
+
+    def stream(self, question: str, *images) -> Iterator[str]:
+        """Show images (str, Path or PIL image), ask, and yield the answer piece by piece.
+
+        An answer that is not read to its end ends there. Raises FileNotFoundError or ValueError for an image that
+        cannot be read and ValueError where the context is full; the conversation is then as it was before.
+        """
+        self.running.close()                                    # somebody may hold an answer half read
+        self.running = self.pieces(question, [as_file(image) for image in images])
+        return self.running
+
+    def ask(self, question: str, *images) -> str:
+        """The whole answer; everything else as in `stream`."""
+        return "".join(self.stream(question, *images))
+
+    def undo(self) -> Answered:
+        """Take the last round back, with its images; raises ValueError where there is none."""
+        if not self.rounds:
+            raise ValueError("there is no round to take back")
+        last = self.rounds.pop()
+        self.cache.past = [self.cache.past[0][:len(self.encoded(self.rounds).ids)]]
+        return last
+
+    def clear(self):
+        """Begin anew, without images."""
+        self.rounds, self.cache.past = [], [()]
+
+    def save(self, path: Path | str):
+        """Write the conversation as JSON, with the names of its images; raises OSError."""
+        found = [{"images": [str(image.absolute()) if isinstance(image, Path) else
+                             "data:image/png;base64," + base64.b64encode(image.read_bytes()).decode()
+                             for image in one.images],
+                  "question": one.question, "answer": self.answer_of(one), "ids": one.ids,
+                  "has_ended": one.has_ended} for one in self.rounds]
+        with replacing(Path(path)) as unfinished:
+            unfinished.write_text(json.dumps({"rounds": found}, indent=1) + "\n")
+
+    def load(self, path: Path | str):
+        """Go on with a conversation that `save` wrote, maybe with another model; the one so far is left.
+
+        Raises FileNotFoundError or ValueError for what cannot be read; the conversation is then as it was before.
+        """
+        rounds, path = [], Path(path)
+        try:
+            for one in read_json(path)["rounds"]:
+                images = tuple(InMemory(base64.b64decode(name.partition(",")[2], validate=True))
+                               if name.startswith("data:") else Path(name) for name in one["images"])
+                if not all(isinstance(one[name], str) for name in ("question", "answer")):
+                    raise TypeError("a text is expected for question and answer")
+                ids = one.get("ids", [])                        # Another tokenizer may have cut the words otherwise.
+                if not self.fits(ids, one["answer"]):
+                    ids = self.tokenizer.encode(one["answer"])
+                rounds.append(Answered(images, tuple(map(digest_of, images)), one["question"], ids,
+                                       one.get("has_ended") is True))
+        except (TypeError, LookupError, AttributeError, binascii.Error) as error:
+            raise ValueError(f"{path} is no conversation that was saved here: {error}") from error
+        if (n := len(self.encoded(rounds).ids)) >= self.limit:
+            raise ValueError(f"{path} holds {n} positions, and the context has {self.limit}")
+        self.rounds, self.cache.past = rounds, [()]
+
+    def fits(self, ids, answer: str) -> bool:
+        """Whether these are ids of an answer by this tokenizer."""
+        rows = range(self.model.llama.config.vocab_size)
+        return (isinstance(ids, list) and all(type(id) is int and id in rows for id in ids)
+                and self.tokenizer.decode(ids) == answer)
+
+    def figures(self) -> str:
+        """How long the last answer took, and how much of the context is used."""
+        used = f"{len(self.encoded(self.rounds).ids):,} of {self.limit:,} positions used"
+        if not self.rounds or not self.rounds[-1].seconds:
+            return used
+        last = self.rounds[-1]
+        n, seconds = len(last.ids) + last.has_ended - 1, last.seconds - last.first_after
+        speed = f"{n / seconds:.1f} tokens/s, " if n and seconds else ""
+        return f"first token after {last.first_after:.2f} s, {speed}{used}"
 
 
-# ---- the terminal ----
+# ---- the program ----
 
-def newest(folder: Path) -> Path:
+def newest(folder: Path, say: Callable[[str], None] = print) -> Path:
     """The newest training result under a folder. If there is none, says so and takes the one in weights/tiny."""
     results = sorted(folder.glob(f"*/{TRAINED}"), key=lambda path: path.stat().st_mtime)
     if results:
         return results[-1].parent
-    print(f"{folder}/ holds no training result, so this is the tiny one that comes with the code")
+    say(f"{folder}/ holds no training result, so this is the tiny one that comes with the code")
     return find_weights("tiny/chat")
-
-
-def parse(line: str, first: int) -> tuple[list[Path], str]:
-    """A line as (image files that it names, the question); a name with spaces stands in double quotes.
-
-    Within a sentence a name becomes "image 3", counting from `first`; before or after a sentence it is left out.
-    Raises FileNotFoundError for a word that ends like an image file and is none.
-    """
-    known = Image.registered_extensions()
-    files, words = [], []
-    for word in re.findall(r'"[^"]*"|\S+', line):
-        bare = word.strip("\"'()")
-        name = bare.rstrip("?!.,;:'\")")
-        if Path(name).suffix.lower() not in known:
-            words.append(word)
-        elif "\0" in name or not (path := Path(os.path.expanduser(name))).is_file():
-            raise FileNotFoundError(f"no image {name}")
-        else:
-            if words and words[-1][-1] not in "?!.":
-                words.append(f"image {first + len(files)}" + bare[len(name):].strip("'\")"))
-            files.append(path)
-    return files, " ".join(words)
-
-
-def announce(files: list[Path], first: int) -> list[Path]:
-    """Print the numbers that these images will have; raises as `read_image` does, before anything is printed."""
-    for file in files:
-        read_image(file)
-    for number, file in enumerate(files, first):
-        print(f"image {number}: {printable(str(file))}")
-    return files
-
-
-def answer_line(chat: Chat, line: str, waiting: list[Path]) -> list[Path]:
-    """Print the answer to a line; returns the images that still wait for a question, none after an answer."""
-    first = chat.n_images + len(waiting) + 1
-    files, question = parse(line, first)
-    waiting = waiting + announce(files, first)
-    if not question:
-        return waiting
-    for piece in chat.ask(question, waiting):
-        print(printable(piece), end="", flush=True)
-    print()
-    return []
-
-
-def converse(chat: Chat, waiting: list[Path]) -> bool:
-    """Read lines until they end; a bad line is explained and changes nothing. Returns whether all were good."""
-    print(HELP)
-    good = True
-    while True:
-        before = chat.n_images
-        try:
-            line = input("> ").strip()
-            if line.lower() == "/quit":
-                return good
-            if line.lower() == "/new":
-                chat, waiting = chat.again(), []
-                print("a new conversation without images")
-            elif line.startswith("/") and not Path(line.split()[0]).suffix:    # a path has a suffix
-                print(HELP)
-            elif line:
-                waiting = answer_line(chat, line, waiting)
-        except EOFError:
-            print()
-            return good
-        except KeyboardInterrupt:                               # ends an answer, not the conversation
-            print("\nstopped; /quit or Ctrl-D ends the conversation")
-        except (OSError, ValueError) as error:
-            print(printable(str(error)))
-            good, waiting = False, [file for file in waiting if can_be_read(file)]  # else no later line would do
-        if chat.n_images != before:                             # they joined, however the round ended
-            waiting = []
-
-
-def read_options() -> argparse.Namespace:
-    """The options; a bad one ends the program with a line before anything is loaded."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("images", nargs="*", type=Path, help="images to talk about from the first question on")
-    parser.add_argument("--question", action="append", help="answer this and end; may be given several times")
-    parser.add_argument("--model", type=Path, help="folder of a training result; default the newest under out/")
-    parser.add_argument("--attention", choices=ATTENTION,
-                        help="`written` for a model trained with mmca: the formula as it is written, slower")
-    parser.add_argument("--keep", type=Path, help="folder that keeps the keys and values of each image")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0: the likeliest word; 1: by chance")
-    parser.add_argument("--top-p", type=float, default=1.0,
-                        help="with a temperature: draw from the likeliest words that together have this chance")
-    parser.add_argument("--compile", action="store_true",
-                        help="torch.compile for decoding: the first answers wait for it, later ones are faster; "
-                             "on a CPU the weights then take half as much memory again")
-    options = parser.parse_args()
-    if not 0 <= options.temperature < float("inf"):
-        parser.error(f"--temperature {options.temperature}: expected a finite number, 0 or more")
-    if not 0 < options.top_p <= 1:
-        parser.error(f"--top-p {options.top_p}: expected more than 0 and at most 1")
-    if options.top_p < 1 and not options.temperature:
-        parser.error("--top-p does nothing without --temperature, such as --temperature 1")
-    if options.question and not all(question.strip() for question in options.question):
-        parser.error("--question: an empty one; expected a question, or the name of an image and a question")
-    if options.keep and options.keep.exists() and not options.keep.is_dir():
-        parser.error(f"--keep {options.keep}: expected a folder, or a name for one")
-    options.device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    compiler = os.environ.get("CXX") or "g++"                   # torch.compile looks for it in this way
-    if options.compile and options.device.type == "cpu" and not shutil.which(compiler):
-        parser.error(f"--compile needs a C++ compiler: found no {compiler}; CXX can name another")
-    return options
-
-
-def open_chat(options: argparse.Namespace) -> Chat:
-    """Load the model and begin a conversation; prints what was loaded."""
-    folder = options.model or newest(Path("out"))
-    model, config = load(folder, torch.float32 if options.device.type == "cpu" else torch.float16, options.device)
-    wanted = options.attention or config.attention
-    if wanted != config.attention and "causal" in (wanted, config.attention):
-        raise ValueError(f"{folder} was trained with {config.attention} attention, which --attention "
-                         f"{options.attention} does not fit")
-    model.llama.attention = wanted
-    if options.keep and wanted != "mmca":
-        raise ValueError(f"--keep needs MMCA: under {wanted} attention an image's keys are made anew each time")
-    if options.compile and wanted == "written":
-        raise ValueError("--compile has a form of attention of its own: leave out --attention written")
-    step = None
-    if options.compile:
-        step = compile_step(model.llama)
-        print("the first answer without and the first one with an image wait for the compiler")
-    print(f"{folder}: LLaMA-2 {config.size}, {wanted}, on {options.device.type}")
-    album = Album(model, options.keep and options.keep / fingerprint(folder, config))
-    tokenizer = Tokenizer(towers(config)[0], model.llama.config.vocab_size)
-    return Chat(model, tokenizer, album, options.temperature, options.top_p, step)
-
 
 def main():
     """A bad setting or file ends the program with one line, whatever was asked before.
 
     Lines that come from a file or another program let it end with 1 if one of them was bad.
     """
-    options = read_options()
+    options = read_options(__doc__)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)               # the program that reads our answers may end first
+    warnings.showwarning = lambda message, *_: print(printable(f"note: {message}"), file=sys.stderr)
     sys.stdout.reconfigure(errors="backslashreplace")           # not every terminal knows every character
+    good = True
     try:
-        chat = open_chat(options)
-        waiting = announce(options.images, first=1)
+        say = (lambda line: None) if options.quiet else print
+        chat = Chat.open(options.model or newest(Path("out"), say), options.attention, options.keep,
+                         options.compile)
+        chat.sampling, chat.max_new_tokens, chat.forgets = options.sampling, options.max_new_tokens, options.forget
+        say(chat.description + ("; the first answer without and the first one with an image wait for the compiler"
+                                if options.compile else ""))
+        if options.seed is not None:
+            torch.manual_seed(options.seed)
+        terminal = Terminal(chat, options.quiet, options.verbose)
+        terminal.show([as_path(name) for name in options.images])
+        for line in options.question or ():
+            terminal.say(f"> {line}")
+            terminal.follow(line)
         if not options.question:
             sys.stdin.reconfigure(errors="surrogateescape")     # nor does every file hold only such
-            sys.exit(not converse(chat, waiting) and not sys.stdin.isatty())
-        for line in options.question:
-            print(f"> {line}")
-            waiting = answer_line(chat, line, waiting)
+            good = converse(terminal) or sys.stdin.isatty()
+        for write, path in ((write_page, options.page), (draw_heatmap, options.heatmap)):
+            if path:
+                write(chat, path)
+                say(f"saved: {path}")
     except (OSError, ValueError) as error:
         sys.exit(f"chat.py: {printable(str(error))}")
     except RuntimeError as error:                               # PyTorch's error when a compiler fails
@@ -291,6 +352,8 @@ def main():
         sys.exit(f"chat.py: {printable(str(error))}\nThis was with --compile; try without.")
     except KeyboardInterrupt:
         sys.exit(130)                                           # the exit status that shells give to Ctrl-C
+    if not good:
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -283,6 +283,7 @@ class Llama(nn.Module):
         self.config = config
         self.attention = attention  # a name in mmca.py's ATTENTION
         self.recompute = False      # True: layers keep their input alone and compute again in the backward pass
+        self.watch = None           # called in each layer with its number, q, k and the Layout, to look at them
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -295,8 +296,13 @@ class Llama(nn.Module):
             form, n_queries = written_attention, len(x)
         rope = cache.rope[:, layout.position] if cache else rope_table(layout.position, self.config.head_dim,
                                                                        self.config.rope_theta)
-        shared = Pass(n_queries, rope, lambda number, q, k, v: form(
-            q, k, v, layout, cache and partial(cache.extend, number)))
+
+        def attend(number: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            if self.watch:
+                self.watch(number, q, k, layout)
+            return form(q, k, v, layout, cache and partial(cache.extend, number))
+
+        shared = Pass(n_queries, rope, attend)
         for number, layer in enumerate(self.layers):
             wanted = rows if number == len(self.layers) - 1 else None
             if self.recompute and torch.is_grad_enabled() and cache is None:

@@ -31,18 +31,39 @@ TRAINED, CONFIG = "trained.safetensors", "config.json"      # the two files of a
 TEMPLATE = 2                    # the version of data.py's prompt template, which a result was trained with
 
 
-def choose(logits: Tensor, temperature: float, top_p: float) -> Tensor:
-    """The next ids (B) from logits (B, vocabulary), temperature ≥ 0 and 0 < top_p ≤ 1.
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen. As it stands here: always the likeliest one."""
+    temperature: float = 0.0            # 1: drawn by the model's own chances; 0: not drawn
+    top_k: int = 0                      # drawn from so many of the likeliest; 0: from all
+    top_p: float = 1.0                  # and from the likeliest of them that together have this chance
+    repetition_penalty: float = 1.0     # above 1: a token that the answer has already becomes less likely
 
-    At temperature 0 they are the likeliest ones. Otherwise they are drawn by their chances from the smallest set
-    of likeliest tokens that together have the chance top_p.
-    """
-    if temperature < 1e-30:                             # dividing by it would overflow float32
+    def __post_init__(self):
+        """Raises ValueError for what cannot be."""
+        for name, good, expected in (
+                ("temperature", 0 <= self.temperature < float("inf"), "a finite number, 0 or more"),
+                ("top_k", self.top_k >= 0, "0 or more"), ("top_p", 0 < self.top_p <= 1, "above 0, at most 1"),
+                ("repetition_penalty", 0 < self.repetition_penalty < float("inf"), "a finite number above 0")):
+            if not good:
+                raise ValueError(f"{name} {getattr(self, name)}: expected {expected}")
+        if (self.top_p < 1 or self.top_k) and not self.temperature:
+            raise ValueError("top_k and top_p do nothing without a temperature, such as 1")
+
+
+def choose(logits: Tensor, sampling: Sampling = Sampling(), said: list[Tensor] = ()) -> Tensor:
+    """The next ids (B) from logits (B, vocabulary); said: the ids (B) of each step of the answer so far."""
+    if said and sampling.repetition_penalty != 1:
+        before = torch.stack(tuple(said), dim=1)
+        old, penalty = logits.gather(1, before), sampling.repetition_penalty
+        logits = logits.scatter(1, before, torch.where(old > 0, old / penalty, old * penalty))
+    if sampling.temperature < 1e-30:                    # dividing by it would overflow float32
         return logits.max(-1).indices                   # on a CPU faster than argmax
     logits = logits.float()
-    scaled = (logits - logits.amax(-1, keepdim=True)) / temperature         # at most 0, so none becomes infinite
-    chance, ids = scaled.softmax(-1).sort(descending=True)
-    chance = chance.masked_fill(chance.cumsum(-1) - chance >= top_p, 0)              # the first one always stays
+    scaled = (logits - logits.amax(-1, keepdim=True)) / sampling.temperature    # at most 0: none becomes infinite
+    scaled, ids = scaled.sort(descending=True)
+    chance = scaled[:, :sampling.top_k or None].softmax(-1)
+    chance = chance.masked_fill(chance.cumsum(-1) - chance >= sampling.top_p, 0)        # the first one always stays
     return ids.gather(-1, chance.multinomial(1))[:, 0]
 
 
@@ -112,20 +133,20 @@ class VisualChat(nn.Module):
         return self.llama.lm_head(self.llama(x, kind, read, lengths, cache, image_kv))
 
     @torch.no_grad()
-    def generate(self, logits: Tensor, cache: Cache, max_new_tokens: int = 512, temperature: float = 0.0,
-                 top_p: float = 1.0, step: Callable | None = None) -> Iterator[Tensor]:
+    def generate(self, logits: Tensor, cache: Cache, max_new_tokens: int = 512, sampling: Sampling = Sampling(),
+                 step: Callable | None = None) -> Iterator[Tensor]:
         """Go on after `prefill`: yield the next token of every conversation, ids (conversations), again and again.
 
         It ends after max_new_tokens or at the end of LLaMA's context. The cache then holds all tokens but the last
         one. The caller decides when to stop earlier: conversations end at different times, and under ZeRO-3 all
         ranks must stop together. step: `Llama.next_logits`, or a compiled form of it (decode.py).
         """
-        left = self.llama.config.max_position_embeddings - max(map(len, cache.past))
+        left, said = self.llama.config.max_position_embeddings - max(map(len, cache.past)), []
         for remaining in range(min(max_new_tokens, left), 0, -1):
-            token = choose(logits, temperature, top_p)
-            yield token
+            said.append(choose(logits, sampling, said))
+            yield said[-1]
             if remaining > 1:
-                logits = (step or self.llama.next_logits)(token, cache)
+                logits = (step or self.llama.next_logits)(said[-1], cache)
 
 
 def whole_answers(labels: Tensor, right: Tensor) -> Tensor:

@@ -41,8 +41,8 @@ from safetensors.torch import save_file
 
 import mmca as mmca_module
 from album import KeptFeatures
-from chat import Chat
-from data import Conversations, Round, collate, encode, encode_round, pack, to_tensors
+from chat import Answered, Chat
+from data import Conversations, collate, encode, pack, to_tensors
 from decode import compile_step, with_short_weights
 from llama import LLAMA_2, Cache, Llama, LlamaConfig, Tokenizer, read_llama_config
 from mmca import IMAGE, TEXT, compact_attention, mmca, separate
@@ -328,9 +328,8 @@ def chat(options):
     question = "What color is the shape in the image? Does any image show a big shape? Describe the image."
 
     def answer(conversation: Chat, file: Path):
-        new = encode_round(Round((file,), question), conversation.n_images, not conversation.ids, tokenizer,
-                           PER_IMAGE)
-        yield from conversation.answer(conversation.read(new), ANSWER)
+        conversation.max_new_tokens = ANSWER
+        yield from conversation.stream(question, file)
 
     def again(ids: torch.Tensor, kind: torch.Tensor, shown: list[Path]):
         images = torch.stack([load_pixels(file, model.vit.config.image_size) for file in shown]).to(DEVICE)
@@ -345,9 +344,8 @@ def chat(options):
         for _ in range(5):
             conversation, seconds = Chat(model, tokenizer), []
             for i, file in enumerate(files[:8]):
-                new = encode_round(Round((file,), question), i, i == 0, tokenizer, PER_IMAGE)
-                ids, kind = (torch.tensor([before + more], device=DEVICE) for before, more in
-                             ((conversation.ids, new.ids), (conversation.kind, new.kind)))
+                whole = conversation.encoded([*conversation.rounds, Answered((file,), ("",), question)], waits=True)
+                ids, kind = (torch.tensor([values], device=DEVICE) for values in (whole.ids, whole.kind))
                 seconds.append((first_token(partial(answer, conversation, file)),
                                 first_token(partial(again, ids, kind, files[:i + 1]))))
             seconds.append(tuple(first_token(partial(answer, conversation, file))

@@ -44,11 +44,12 @@ from safetensors.torch import save_file
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))                       # for `python tests/fuzz.py`
 
-from chat import Chat, converse                     # noqa: E402
+from chat import Chat                               # noqa: E402
 from data import Conversation, encode, marked       # noqa: E402
 from llama import Cache, Llama, LlamaConfig, Tokenizer      # noqa: E402
 from pixels import load_pixels, to_pixels           # noqa: E402
 from sources import Reader, encoded_images, file_names, llava, mimicit, sparkles        # noqa: E402
+from terminal import Terminal, converse             # noqa: E402
 from visualchat import load, towers                 # noqa: E402
 from vit import IN_CONFIG, PREFIX, VisionConfig, VisionTransformer          # noqa: E402
 
@@ -465,7 +466,9 @@ def chat() -> Chat:
 
 def typed(folder: Path, names: list[str], rng: random.Random) -> str:
     """A line of files, commands, questions and noise."""
-    noise = ["/new", "/quit", "/help", "/", "//", '"', "'", "\\", "(", "~", "~nobody/a.png", "\ud800", "\x1b[2J",
+    noise = ["/new", "/quit", "/help", "/undo", "/again", "/images", "/image", "/stats", "/load", "/save", "/x", "/",
+             "//", '"', "'", "`", "[", "(", "“", "@", "\\", "\\ ", "~", "~nobody/a.png", "\ud800", "\x1b[2J", "file://",
+             "image 7", "data:image/png;base64,A", "LICENSE", "./LICENSE",
              "\0.png", "\u202e", "é.png", "a" * 300 + ".png", "/" * 5000, "http://a.org/a.png", "file:///a.png",
              ".png", "..", "### Image 9:", "### Question:", "</s>", "<s>", "<image>", "\t", "😀", "?", ".",
              "image 0", "image 99", "What color is it?", "Describe image 1.", "x" * 3000, "red " * 400,
@@ -495,8 +498,9 @@ def chat_lines(rng: random.Random, folder: Path):
 
     before, builtins.input = builtins.input, next_line
     try:
-        with contextlib.redirect_stdout(output):
-            good = converse(chat().again(), [])
+        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+            chat().clear()
+            good = converse(Terminal(chat()))
     finally:
         builtins.input = before
     printed = output.getvalue()

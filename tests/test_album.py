@@ -39,7 +39,7 @@ def passes(model):
 
 def test_an_image_that_was_seen_costs_no_pass_over_it_in_any_conversation(chat, image_files):
     first = ask(chat, image_files[:2])
-    given, again = passes(chat.model), chat.again()
+    given, again = passes(chat.model), Chat(chat.model, chat.tokenizer, chat.album)
     assert ask(again, image_files[:2]) == first
     text = len(encode_round(Round(tuple(image_files[:2]), "?"), 0, True, chat.tokenizer, 4).ids) - 2 * 4
     assert given["vit"] == [] and given["llama"][0] == text and set(given["llama"][1:]) == {1}
@@ -74,9 +74,11 @@ def test_the_album_holds_the_newest_images(chat, image_files, monkeypatch):
     assert [chat.album.find(digest) is None for digest in digests] == [True, False, False, True]
     given = passes(chat.model)
     assert chat.album.find_all(digests[:3]) is None and chat.album.find_all(digests[1:3]).shape[3] == 2 * 4
-    ask(chat.again(), image_files[1:3])
+    chat.clear()
+    ask(chat, image_files[1:3])
     assert given["vit"] == []
-    ask(chat.again(), image_files[:3])
+    chat.clear()
+    ask(chat, image_files[:3])
     assert given["vit"] == [3]                                  # with one that is new, all are
 
 
@@ -91,7 +93,7 @@ def test_images_found_in_a_folder_do_not_fill_the_memory(chat, image_files, tmp_
 def test_what_was_seen_is_kept_even_if_the_file_changes_while_the_answer_is_made(chat, image_files, tmp_path):
     file = tmp_path / "a.png"
     shutil.copy(image_files[0], file)
-    for _ in chat.ask("?", [file]):
+    for _ in chat.stream("?", file):
         shutil.copy(image_files[1], file)
     assert list(chat.album.known) == [digest(image_files[0])]
 

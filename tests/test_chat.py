@@ -1,25 +1,30 @@
-"""Claims about chat.py: the cache, new images, streaming, what a line means, no need of deepspeed."""
+"""Claims about chat.py: the cache, new images, streaming, taking back, saving, no need of deepspeed."""
+import contextlib
+import copy
 import io
+import json
 import os
+import random
 import re
-import shutil
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 import chat as program
-from album import Album
-from chat import HELP, Chat, converse, newest, parse
+from album import digest_of
+from chat import Chat, newest
 from data import Round, encode_round
 from llama import Cache
 from mmca import IMAGE, TEXT
 from pixels import load_pixels
-from visualchat import TRAINED, save
+from visualchat import TRAINED, Sampling, save
 
 ROOT = Path(__file__).parent.parent
 
@@ -31,13 +36,11 @@ def chat(model, tokenizer):
 
 def ask(chat, files, limit=8, pieces=None):
     """The answer's ids; pieces: how many to take before the answer is closed."""
-    before = len(chat.ids)
-    new = encode_round(Round(tuple(files), "?"), chat.n_images, not chat.ids, chat.tokenizer, 4)
-    answer = chat.ask("?", files, limit)
+    chat.max_new_tokens = limit
+    answer = chat.stream("?", *files)
     list(islice(answer, pieces))
     answer.close()
-    assert chat.ids[before:before + len(new.ids)] == new.ids and chat.ids[-1] == chat.tokenizer.eos
-    return chat.ids[before + len(new.ids):-1]
+    return chat.rounds[-1].ids
 
 
 def embedded(chat, ids, kind, files):
@@ -46,25 +49,31 @@ def embedded(chat, ids, kind, files):
     return chat.model.embed(ids, kind, chat.model.image_tokens(images)[:len(files)])
 
 
-def from_scratch(chat, answer, files):
-    """The last answer's tokens again and the one after them, from the whole history at once."""
-    start, cache = len(chat.ids) - len(answer) - 1, Cache(chat.model.llama, 1, 512)
-    ids, kind = (torch.tensor([values[:start]]) for values in (chat.ids, chat.kind))
+def from_scratch(chat):
+    """The last answer's tokens again and the one after them, from the whole history at once, encoded by data.py."""
+    history, shown = [], 0
+    for one in chat.rounds:
+        new = encode_round(Round(one.images, one.question), shown, not history, chat.tokenizer, 4)
+        history += list(zip(new.ids, new.kind)) + [(id, TEXT) for id in (*one.ids, chat.tokenizer.eos)]
+        shown += len(one.images)
+    answer = chat.rounds[-1].ids
+    cache = Cache(chat.model.llama, 1, 512)
+    ids, kind = (torch.tensor([values[:-len(answer) - 1]]) for values in zip(*history))
     with torch.no_grad():
-        logits = chat.model.prefill(embedded(chat, ids, kind, files), kind, cache)
+        logits = chat.model.prefill(embedded(chat, ids, kind, chat.images), kind, cache)
     return [token.item() for token in islice(chat.model.generate(logits, cache), len(answer) + 1)]
 
 
 # ---- the cache ----
 
 def test_answers_equal_those_from_the_whole_history(chat, image_files):
-    files, said, ended = [], set(), []
+    said, ended = set(), []
     for new, limit, pieces in (([0, 1], 60, None), ([], 40, 3), ([2], 7, None), ([], 40, 1), ([3, 0], 60, None)):
-        files += [image_files[i] for i in new]
         answer = ask(chat, [image_files[i] for i in new], limit, pieces)
-        *again, after = from_scratch(chat, answer, files)
+        *again, after = from_scratch(chat)
         assert answer == again
         assert pieces or len(answer) == limit or after == chat.tokenizer.eos
+        assert pieces or chat.rounds[-1].has_ended == (len(answer) < limit)
         said, ended = said | set(answer), ended + [after == chat.tokenizer.eos]
     assert len(said) > 8 and len(set(ended)) == 2               # many tokens; some answers end, some are cut
 
@@ -72,11 +81,12 @@ def test_answers_equal_those_from_the_whole_history(chat, image_files):
 def test_the_cache_holds_what_a_full_forward_pass_gives(chat, image_files):
     ask(chat, image_files[:2])
     ask(chat, image_files[2:3], 40, pieces=4)
-    ids, kind, whole = torch.tensor([chat.ids]), torch.tensor([chat.kind]), Cache(chat.model.llama, 1, 512)
+    encoded, whole = chat.encoded(chat.rounds), Cache(chat.model.llama, 1, 512)
+    ids, kind = torch.tensor([encoded.ids]), torch.tensor([encoded.kind])
     with torch.no_grad():
         chat.model.llama(embedded(chat, ids, kind, image_files[:3]), kind, cache=whole)
     texts, shown = (chat.cache.past[0].count(its_kind) for its_kind in (TEXT, IMAGE))
-    assert (texts + shown, shown) == (len(chat.ids) - 2, 12)            # the last word and </s> are yet to come
+    assert (texts + shown, shown) == (len(encoded.ids) - 2, 12)         # the last word and </s> are yet to come
     for found, expected, count in ((chat.cache.text, whole.text, texts), (chat.cache.image, whole.image, shown)):
         for (ours,), (full,) in zip(found, expected):
             torch.testing.assert_close(ours[:, :, :count], full[:, :, :count], atol=1e-4, rtol=0)
@@ -97,17 +107,130 @@ def test_ctrl_c_in_the_middle_of_a_forward_pass_leaves_a_sound_conversation(chat
     with pytest.raises(KeyboardInterrupt):
         ask(chat, image_files[1:2])
     hook.remove()
-    files = image_files[:chat.n_images] + image_files[3:]
+    assert len(chat.rounds) == (2 if forward else 1)
     answer = ask(chat, image_files[3:])
-    assert answer == from_scratch(chat, answer, files)[:-1] != []
+    assert answer == from_scratch(chat)[:-1] != []
 
 
 @pytest.mark.parametrize("attention", ["causal", "written"])
 def test_answers_under_other_attention_equal_those_from_the_whole_history(chat, image_files, attention):
     chat.model.llama.attention = attention
-    for files, shown in ((image_files[:2], 2), ([], 2), (image_files[2:3], 3)):
-        answer = ask(chat, files)
-        assert answer == from_scratch(chat, answer, image_files[:shown])[:-1]
+    for files in (image_files[:2], [], image_files[2:3]):
+        assert ask(chat, files) == from_scratch(chat)[:-1]
+        chat.undo()
+        assert ask(chat, files) == from_scratch(chat)[:-1]
+
+
+def test_answers_of_100_random_conversations_equal_those_from_the_whole_history(chat, image_files, tmp_path):
+    """Also after undo, again, saving and loading, answers that somebody stopped, and oldest rounds left out."""
+    chat.model.llama.config = replace(chat.model.llama.config, max_position_embeddings=110)
+    done = Counter()
+    for number in range(100):
+        rng = random.Random(number)
+        chat.clear()
+        chat.forgets = rng.random() < .5
+        for _ in range(rng.randint(2, 7)):
+            action = rng.choice(["ask", "ask", "ask", "stop", "undo", "again", "load"])
+            if action in ("undo", "again") and not chat.rounds:
+                continue
+            if action == "load":
+                chat.save(tmp_path / "talk.json")
+                chat.clear()
+                chat.load(tmp_path / "talk.json")
+            if action == "undo":
+                chat.undo()
+            last = chat.undo() if action == "again" else None
+            if action in ("ask", "stop", "again"):
+                before = len(chat.rounds)
+                files = last.images if last else rng.choices(image_files, k=rng.choice([0, 0, 1, 2]))
+                try:
+                    answer = ask(chat, files, rng.randint(1, 20), 1 if action == "stop" else None)
+                except ValueError as error:
+                    assert "positions exceed the 110" in str(error)
+                    action = "full"
+                else:
+                    assert answer == from_scratch(chat)[:len(answer)]
+                    action = "forget" if len(chat.rounds) <= before else action
+            done[action] += 1
+    assert min(done[action] for action in ("ask", "stop", "undo", "again", "load", "full", "forget")) > 4, done
+
+
+# ---- taking back, saving, loading, the end of the context ----
+
+def test_a_round_that_is_taken_back_leaves_no_trace(chat, image_files):
+    ask(chat, image_files[:1])
+    before, second = state(chat), ask(chat, image_files[1:3])
+    assert chat.undo().images == tuple(image_files[1:3]) and chat.rounds == before[0]
+    assert ask(chat, image_files[1:3]) == second
+    chat.undo()
+    chat.undo()
+    assert chat.images == [] and not chat.cache.past[0]
+    with pytest.raises(ValueError, match="no round to take back"):
+        chat.undo()
+
+
+def test_a_saved_conversation_goes_on_with_the_same_answers(chat, image_files, tmp_path):
+    ask(chat, image_files[:2])
+    ask(chat, [])
+    chat.save(tmp_path / "talk.json")
+    expected, loaded = ask(chat, image_files[2:3]), Chat(chat.model, chat.tokenizer)
+    loaded.load(tmp_path / "talk.json")
+    assert [one.question for one in loaded.rounds] == ["?", "?"] and loaded.images == image_files[:2]
+    assert ask(loaded, image_files[2:3]) == expected
+
+
+def test_an_image_without_a_file_is_shown_saved_and_loaded(chat, image_files, tmp_path):
+    image = Image.open(image_files[0])
+    said = chat.ask("?", image, str(image_files[1]), image_files[2])
+    assert chat.rounds[0].digests[1] == digest_of(image_files[1]) and isinstance(said, str)
+    chat.save(tmp_path / "talk.json")
+    other = Chat(chat.model, chat.tokenizer)
+    other.load(tmp_path / "talk.json")
+    assert torch.equal(load_pixels(other.images[0], 16), load_pixels(image_files[0], 16))
+    assert other.ask("And now?") == chat.ask("And now?")
+
+
+@pytest.mark.parametrize("damage", [
+    lambda talk: talk.pop("rounds"), lambda talk: talk.update(rounds=7), lambda talk: talk["rounds"].append(None),
+    lambda talk: talk["rounds"][0].pop("images"), lambda talk: talk["rounds"][0].update(images=[3]),
+    lambda talk: talk["rounds"][0].update(question=None), lambda talk: talk["rounds"][0].update(answer=["a"]),
+    lambda talk: talk["rounds"][0].update(images=["none.png"]),
+    lambda talk: talk["rounds"][0].update(images=["data:image/png;base64,!"]),
+    lambda talk: talk["rounds"][0].update(question="a " * 600)])
+def test_a_damaged_conversation_is_refused_and_the_present_one_stays(chat, image_files, tmp_path, damage):
+    ask(chat, image_files[:1])
+    chat.save(file := tmp_path / "talk.json")
+    damage(talk := json.loads(file.read_text()))
+    file.write_text(json.dumps(talk))
+    before = state(chat)
+    with pytest.raises((ValueError, OSError), match="talk.json|none.png"):
+        chat.load(file)
+    assert state(chat) == before
+
+
+def test_ids_of_another_tokenizer_are_made_anew_from_the_text(chat, image_files, tmp_path):
+    ask(chat, image_files[:1])
+    chat.save(file := tmp_path / "talk.json")
+    talk = json.loads(file.read_text())
+    for ids in ([10 ** 6], [-1], "a", [1.5], None):
+        talk["rounds"][0] |= {"ids": ids, "answer": "A cat."}
+        file.write_text(json.dumps(talk))
+        chat.load(file)
+        assert chat.rounds[0].ids == chat.tokenizer.encode("A cat.")
+
+
+def test_the_oldest_rounds_are_left_out_but_no_image_where_the_context_is_full(chat, image_files):
+    for files in (image_files[:1], [], image_files[1:2], []):
+        ask(chat, files)
+    chat.model.llama.config = replace(chat.model.llama.config,
+                                      max_position_embeddings=len(chat.encoded(chat.rounds).ids) + 10)
+    with pytest.raises(ValueError, match="positions exceed .* --forget"):
+        ask(chat, image_files[2:3])
+    chat.forgets, given = True, []
+    chat.model.vit.register_forward_pre_hook(lambda _, args: given.append(len(args[0])))
+    ask(chat, [])
+    assert len(chat.rounds) < 5 and chat.images == image_files[:2] and not given     # the images are known
+    assert chat.rounds[-1].ids == from_scratch(chat)[:-1]
 
 
 # ---- images and limits ----
@@ -115,12 +238,13 @@ def test_answers_under_other_attention_equal_those_from_the_whole_history(chat, 
 def test_a_later_image_gets_the_next_number(chat, image_files):
     for files in (image_files[:2], [], image_files[2:3]):
         ask(chat, files)
-    text = chat.tokenizer.decode([i for i, kind in zip(chat.ids, chat.kind) if kind != IMAGE])
-    assert re.findall(r"### Image (\d+):", text) == ["1", "2", "3"] and chat.n_images == 3
+    encoded = chat.encoded(chat.rounds)
+    text = chat.tokenizer.decode([i for i, kind in zip(encoded.ids, encoded.kind) if kind != IMAGE])
+    assert re.findall(r"### Image (\d+):", text) == ["1", "2", "3"] and chat.images == image_files[:3]
 
 
 def state(chat):
-    return list(chat.ids), list(chat.kind), chat.n_images, list(chat.cache.past)
+    return copy.deepcopy(chat.rounds), list(chat.cache.past)
 
 
 @pytest.mark.parametrize("content", [None, b"", b"no image at all"], ids=["absent", "empty", "text"])
@@ -131,18 +255,18 @@ def test_an_unreadable_image_leaves_the_conversation_as_it_was(chat, image_files
     ask(chat, image_files[:1])
     before = state(chat)
     with pytest.raises((OSError, ValueError), match="bad.png"):
-        list(chat.ask("?", [image_files[1], bad]))
+        chat.ask("?", image_files[1], bad)
     assert state(chat) == before
     assert ask(chat, image_files[1:2])
 
 
 def test_a_full_context_is_refused_and_leaves_the_conversation_as_it_was(chat, image_files):
     ask(chat, image_files[:1])
-    said, new = len(chat.ids), len(encode_round(Round((), "?"), 1, False, chat.tokenizer, 4).ids)
+    said, new = len(chat.encoded(chat.rounds).ids), len(encode_round(Round((), "?"), 1, False, chat.tokenizer, 4).ids)
     chat.model.llama.config = replace(chat.model.llama.config, max_position_embeddings=said + new)
     before = state(chat)
-    with pytest.raises(ValueError, match=f"{said} .*{new} .*{said + new}: .new starts over"):
-        list(chat.ask("?"))
+    with pytest.raises(ValueError, match=f"{said + new} positions .* {said + new} .*: /clear starts over"):
+        chat.ask("?")
     assert state(chat) == before
     chat.model.llama.config = replace(chat.model.llama.config, max_position_embeddings=said + new + 1)
     assert len(ask(chat, [])) == 1
@@ -154,46 +278,36 @@ def test_a_full_context_is_refused_and_leaves_the_conversation_as_it_was(chat, i
 def test_pieces_join_to_the_answer_and_hold_whole_characters(chat, text):
     ids = [*chat.tokenizer.encode(text), chat.tokenizer.eos]
     chat.model.generate = lambda *_: (torch.tensor([i]) for i in ids)      # a character takes up to four
-    pieces = list(chat.ask("?"))
+    pieces = list(chat.stream("?"))
     assert "".join(pieces) == text and not any("\ufffd" in piece for piece in pieces)
-    assert chat.ids[-len(ids):] == ids
+    assert chat.encoded(chat.rounds).ids[-len(ids):] == ids
 
 
 def test_an_answer_cut_within_a_character_shows_all_that_was_decoded(chat):
     ids = chat.tokenizer.encode("A 🐈")[:-1]
     chat.model.generate = lambda *_: (torch.tensor([i]) for i in ids)
-    assert "".join(chat.ask("?")) == chat.tokenizer.decode(ids)
+    assert chat.ask("?") == chat.tokenizer.decode(ids)
 
 
-# ---- a line ----
-
-@pytest.fixture
-def here(tmp_path, monkeypatch):
-    for name in ("a.png", "b.JPG", "my cat.png"):
-        (tmp_path / name).touch()
-    monkeypatch.chdir(tmp_path)
-
-
-@pytest.mark.parametrize("line, files, question", [
-    ("What's this?", [], "What's this?"),
-    ("What changed from a.png to b.JPG?", ["a.png", "b.JPG"], "What changed from image 3 to image 4?"),
-    ("Is this the same? a.png, b.JPG.", ["a.png", "b.JPG"], "Is this the same?"),
-    ('"my cat.png" isn\'t it a cat?', ["my cat.png"], "isn't it a cat?"),
-    ('Is "my cat.png" a cat?', ["my cat.png"], "Is image 3 a cat?"),
-    ("Is it 'a.png', or (b.JPG)?", ["a.png", "b.JPG"], "Is it image 3, or image 4?"),
-    ("is it ~red or ~nobody/x?", [], "is it ~red or ~nobody/x?"),
-    ('What does "no entry" mean?', [], 'What does "no entry" mean?'),
-    ("Is it 3.5 m, i.e. big? Don't know.", [], "Is it 3.5 m, i.e. big? Don't know."),
-    ("a.png", ["a.png"], "")])
-def test_a_line_is_images_and_a_question(here, line, files, question):
-    assert parse(line, first=3) == ([Path(file) for file in files], question)
+def test_an_answer_that_is_half_read_and_still_held_does_not_disturb_the_next_question(chat, image_files):
+    chat.max_new_tokens = 30
+    held = chat.stream("?", image_files[0])
+    first = next(held)
+    chat.ask("?")
+    assert chat.rounds[1].ids == from_scratch(chat)[:-1] and list(held) == []
+    assert chat.answer_of(chat.rounds[0]) == first
 
 
-@pytest.mark.parametrize("line", ["What is c.png ?", '"c d.jpg"', "sub/c.PNG"])
-def test_a_named_image_that_is_absent_is_an_error(here, line):
-    with pytest.raises(FileNotFoundError, match="no image .*(c.png|c d.jpg|c.PNG)"):
-        parse(line, first=1)
+def test_the_same_seed_draws_the_same_answers(chat):
+    chat.sampling, chat.max_new_tokens, said = Sampling(temperature=1.5, top_k=20), 12, []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        chat.clear()
+        said.append([chat.ask("?"), chat.ask("Is it?")])
+    assert said[0] == said[1] != said[2]
 
+
+# ---- the program ----
 
 def test_the_newest_result_is_taken_or_the_one_that_comes_with_the_code(tmp_path, capsys):
     assert newest(tmp_path).absolute() == ROOT / "weights/tiny/chat"
@@ -205,76 +319,12 @@ def test_the_newest_result_is_taken_or_the_one_that_comes_with_the_code(tmp_path
     assert newest(tmp_path) == tmp_path / "b" and not capsys.readouterr().out
 
 
-# ---- the program ----
-
-def test_a_bad_line_is_explained_and_the_conversation_goes_on(chat, image_files, tmp_path, monkeypatch, capsys):
-    generate = chat.model.generate
-    chat.model.generate = lambda *args: islice(generate(*args), 3)
-    (tmp_path / "bad.png").write_text("no image")
-    a, b = image_files[:2]
-    lines = ["", str(b), f"Is {tmp_path}/none.png ?", f"Is {tmp_path}/bad.png ?", "What is it?", "Now?", "/new",
-             "Hi?"]
-    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines) + "\n"))
-    begun, again = [], chat.again
-    chat.again = lambda: begun.append(again()) or begun[-1]
-    converse(chat, [a])
-    out = capsys.readouterr().out
-    for text in (f"no image {tmp_path}/none.png", "bad.png is no readable image", f"image 2: {b}",
-                 "a new conversation without images"):
-        assert text in out
-    assert chat.kind.count(IMAGE) == 8 and chat.ids.count(1) == 2
-    assert [new.ids.count(1) for new in begun] == [1] and begun[0].n_images == 0
-
-
-def test_images_are_announced_only_if_all_can_be_read_and_no_path_is_taken_for_a_command(
-        chat, image_files, tmp_path, monkeypatch, capsys):
-    (tmp_path / "bad.png").write_text("no image")
-    lines = [f"{image_files[0]} {tmp_path}/bad.png Compare them.", f"{tmp_path}/none.png What is it?", "/help"]
-    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines) + "\n"))
-    converse(chat, [])
-    out = capsys.readouterr().out
-    assert "image 1" not in out and f"no image {tmp_path}/none.png" in out and out.count(HELP) == 2
-    assert chat.ids == []
-
-
-def test_an_image_joins_once_even_if_it_cannot_be_kept(chat, image_files, monkeypatch, capsys):
-    def full(*_):
-        raise OSError("no space left")
-
-    generate = chat.model.generate
-    chat.model.generate = lambda *args: islice(generate(*args), 3)
-    monkeypatch.setattr(Album, "save", full)
-    monkeypatch.setattr(sys, "stdin", io.StringIO("What is it?\nAnd now?\n"))
-    converse(chat, [image_files[0]])
-    assert "no space left" in capsys.readouterr().out and chat.n_images == 1
-    assert chat.ids.count(chat.tokenizer.bos) == 2              # two rounds, each begins with one
-
-
-def test_a_waiting_image_that_is_gone_spoils_one_line_alone(chat, tmp_path, monkeypatch, capsys):
-    generate = chat.model.generate
-    chat.model.generate = lambda *args: islice(generate(*args), 3)
-    monkeypatch.setattr(sys, "stdin", io.StringIO("What is it?\nAnd now?\n"))
-    assert not converse(chat, [tmp_path / "gone.png"])
-    assert capsys.readouterr().out.count(f"no image {tmp_path}/gone.png") == 1
-    assert chat.n_images == 0 and chat.ids.count(chat.tokenizer.bos) == 1
-
-
-def test_no_name_and_no_answer_commands_the_terminal(chat, image_files, tmp_path, monkeypatch, capsys):
-    strange = tmp_path / "a\x1b[2Jb.png"
-    shutil.copy(image_files[0], strange)
-    monkeypatch.setattr(chat, "ask", lambda *_: iter(["yes\n\x1b]0;", "title\x07 \x9b"]))
-    monkeypatch.setattr(sys, "stdin", io.StringIO(f"{strange} What is it?\n{tmp_path}/\x1b[1m.png ?\n"))
-    converse(chat, [])
-    out = capsys.readouterr().out
-    assert "\\x1b[2J" in out and "\\x1b]0;title\\x07 \\x9b" in out and "no image" in out
-    assert not {"\x1b", "\x07", "\x9b"} & set(out)
-
-
-def test_numbers_that_are_none_end_a_round_with_a_sentence_and_not_with_noise(chat, monkeypatch):
-    monkeypatch.setattr(type(chat.model), "prefill", lambda *_, **__: torch.full((1, 9), torch.nan))
-    with pytest.raises(ValueError, match="values that are no finite numbers: are its weights damaged"):
-        "".join(chat.ask("What is it?"))
-    assert chat.ids == [] and not any(chat.cache.past)
+@pytest.mark.parametrize("value", [torch.nan, 0.0])             # huge weights end in zeros: x / rms(x) with rms infinite
+def test_numbers_that_are_none_end_a_round_with_a_sentence_and_not_with_noise(chat, monkeypatch, value):
+    monkeypatch.setattr(type(chat.model), "prefill", lambda *_, **__: torch.full((1, 9), value))
+    with pytest.raises(ValueError, match="values that are no finite numbers, or all the same: are its"):
+        chat.ask("What is it?")
+    assert chat.rounds == [] and not any(chat.cache.past)
 
 
 @pytest.mark.parametrize("lines, status", [
@@ -284,14 +334,14 @@ def test_a_bad_line_from_another_program_shows_in_the_exit_status(overfitted, co
     save(tmp_path / "run", {name: p for name, p in overfitted[2].named_parameters() if p.requires_grad}, config)
     monkeypatch.setattr(sys, "argv", ["chat.py", "--model", str(tmp_path / "run")])
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines), encoding="utf-8"))
-    with pytest.raises(SystemExit) as end:
+    with pytest.raises(SystemExit, match="1") if status else contextlib.nullcontext():
         program.main()
-    assert int(end.value.code) == status and not sys.stdin.read()           # all lines were read
+    assert not sys.stdin.read()                                 # all lines were read
 
 
 @pytest.mark.parametrize("given, said", [
     (["--temperature", "-1"], "0 or more"), (["--temperature", "inf"], "0 or more"),
-    (["--top-p", "0"], "at most 1"), (["--top-p", "0.5"], "does nothing without --temperature"),
+    (["--top-p", "0"], "at most 1"), (["--top-p", "0.5"], "do nothing without a temperature"),
     (["--keep", str(ROOT / "README.md")], "--keep"), (["--question", " "], "--question: an empty one"),
     ([str(ROOT / "none.png"), "--question", "?"], "no image")])
 def test_a_bad_setting_ends_the_program_with_a_line(overfitted, config, tmp_path, monkeypatch, capsys, given,
@@ -318,6 +368,7 @@ def test_the_program_answers_where_deepspeed_cannot_be_imported(overfitted, conf
     done = python(ROOT / "chat.py", "--question", "What is it?", "--question", f'What is image 1? "{c}"')
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.splitlines() == ["out/run: LLaMA-2 tiny, mmca, on cpu", "> What is it?", "Question 1.",
+                                        "note: no image is shown yet: name a file to show one",
                                         f'> What is image 1? "{c}"', f"image 1: {c}", "You look at it."]
 
 

@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from chat import Chat
+from evaluate import hold_conversations
 from llama import Tokenizer
 from tiny import exam, world
-from tiny.exam import Marked, hold_conversations, read_marked, run_exam, table, table_text, write_marked
+from tiny.exam import Marked, read_marked, run_exam, table, table_text, write_marked
 from visualchat import ModelConfig, build
 
 WEIGHTS = Path(__file__).parent.parent / "weights/tiny"
@@ -40,26 +40,13 @@ def tiny_tokenizer() -> Tokenizer:
     return Tokenizer(WEIGHTS / "llama")
 
 
-@pytest.mark.parametrize("attention", ["mmca", "causal"])
-def test_answers_are_those_of_chat_with_its_own_answers_in_the_history(data, tiny_model, tiny_tokenizer, attention,
-                                                                      monkeypatch):
-    monkeypatch.setattr(tiny_model.llama, "attention", attention)
-    conversations = [rounds for rounds, _ in exam.read_test(data / "tests/seen")]
-    found = hold_conversations(tiny_model, tiny_tokenizer, conversations, blind=False)
-    for rounds, answers in zip(conversations, found, strict=True):
-        chat = Chat(tiny_model, tiny_tokenizer)
-        said = ["".join(chat.ask(each.question, list(each.images), exam.MAX_ANSWER)) for each in rounds]
-        assert answers == said
-    assert len({answer for answers in found for answer in answers}) > 1
-
-
 def test_blind_shows_gray_images_and_otherwise_the_drawings(data, tiny_model, tiny_tokenizer, monkeypatch):
     shown = []
     monkeypatch.setattr(tiny_model, "image_tokens", lambda images, image_tokens=tiny_model.image_tokens:
                         shown.append(images) or image_tokens(images))
     conversations = [rounds for rounds, _ in exam.read_test(data / "tests/unseen")]
-    for blind in (False, True):
-        hold_conversations(tiny_model, tiny_tokenizer, conversations, blind)
+    for seen in ((), (exam.gray,)):
+        hold_conversations(tiny_model, tiny_tokenizer, conversations, exam.MAX_ANSWER, *seen)
     seeing, blind = torch.cat(shown[:6]), torch.cat(shown[6:])
     assert len(seeing) == len(blind) == sum(len(each.images) for rounds in conversations for each in rounds)
     assert all(image.unique().numel() > 9 for image in seeing) and blind.unique().tolist() == [128]
@@ -67,9 +54,9 @@ def test_blind_shows_gray_images_and_otherwise_the_drawings(data, tiny_model, ti
 
 def test_every_question_is_asked_and_has_its_topic_and_the_number_of_images(data, tiny_model, monkeypatch):
     asked = []
-    monkeypatch.setattr(exam, "hold_conversations", lambda model, tokenizer, conversations, blind:
-                        asked.append(blind) or [["gray" if blind else each.answer for each in rounds]
-                                                for rounds in conversations])
+    monkeypatch.setattr(exam, "hold_conversations", lambda model, tokenizer, conversations, most, *blind:
+                        asked.append(bool(blind)) or [["gray" if blind else each.answer for each in rounds]
+                                                      for rounds in conversations])
     marked = run_exam(tiny_model, None, data)
     assert [one.test for one in marked] == ["seen"] * 18 + ["unseen"] * 18 + ["wordings"] * 18 + ["lower"] * 18 + [
         "long"] * 48 + ["people"] * 377

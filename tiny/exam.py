@@ -13,17 +13,18 @@ import csv
 import math
 import sys
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
-from itertools import groupby
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from chat import newest
-from data import Encoded, Round, collate, encode, encode_round, to_tensors
-from llama import Cache, Tokenizer
+from data import Round
+from evaluate import hold_conversations, of_equal_length
+from llama import Tokenizer
 from sources import COCO, DIALOGUE, Reader, llava
 from tiny.wording import BESIDE, REFUSALS
 from tiny.world import DATA, ensure_tests
@@ -49,7 +50,7 @@ class Marked:
     blind: str                  # the answer with gray images; empty where it is not asked
 
 
-# ---- conversations with a model ----
+# ---- the questions ----
 
 def read_test(folder: Path) -> list[tuple[list[Round], list[str]]]:
     """The conversations of a test set, each with the topics of its questions."""
@@ -64,53 +65,8 @@ def read_people() -> list[tuple[list[Round], list[str]]]:
              ["people"] * len(rounds)) for rounds in read_json(PEOPLE, list)]
 
 
-def in_parts(test: list[tuple[list[Round], list[str]]]) -> Iterator[list[int]]:
-    """The numbers of conversations with equally many rounds, at most AT_ONCE at a time."""
-    def length(i: int) -> int:
-        return len(test[i][0])
-
-    for _, alike in groupby(sorted(range(len(test)), key=length), key=length):
-        alike = list(alike)
-        yield from (alike[start:start + AT_ONCE] for start in range(0, len(alike), AT_ONCE))
-
-
-@torch.no_grad()
-def hold_conversations(model: VisualChat, tokenizer: Tokenizer, conversations: list[list[Round]],
-                       blind: bool) -> list[list[str]]:
-    """Ask the questions of conversations with equally many rounds, and let the model take the likeliest tokens.
-
-    Returns for each conversation its answers. The model goes on from its own ones. If blind, it sees gray images.
-    """
-    vision, device, eos, n = model.vit.config, model.projection.weight.device, tokenizer.eos, len(conversations)
-    text = max(len(encode(rounds, tokenizer, n_tokens=0).ids) for rounds in conversations)     # with right answers
-    cache = Cache(model.llama, n, room=text + MAX_ANSWER * len(conversations[0]))
-    shown, said, answers = [0] * n, [[] for _ in range(n)], []
-    for rounds in zip(*conversations, strict=True):
-        examples = []
-        for i, round_ in enumerate(rounds):
-            new = Encoded([], [], [], [])
-            new.add_text(said[i])                               # the cache lacks the last answer
-            asked = encode_round(replace(round_, answer=None), shown[i], not answers, tokenizer, vision.n_queries)
-            examples.append(to_tensors(new + asked, vision.image_size))
-            shown[i] += len(round_.images)
-        batch = collate(examples)
-        ids, kind, images = (batch[name].to(device) for name in ("ids", "kind", "images"))
-        images = torch.full_like(images, 128) if blind else images
-        x = model.embed(ids, kind, model.image_tokens(images))
-        logits = model.prefill(x, kind, cache, batch["lengths"])
-        tokens, ended, before = [], torch.zeros(n, dtype=torch.bool), cache.past
-        for token in model.generate(logits, cache, MAX_ANSWER):
-            tokens.append(token.cpu())
-            ended |= tokens[-1] == eos
-            if ended.all():
-                break
-        # Answers end at different times. So they are taken back, and the next round brings them, each up to </s>.
-        cache.past = before
-        found = torch.stack(tokens, dim=1).tolist()
-        found = [answer[:answer.index(eos)] if eos in answer else answer for answer in found]
-        said = [[*answer, eos] for answer in found]
-        answers.append([tokenizer.decode(answer) for answer in found])
-    return [list(each) for each in zip(*answers)]
+def gray(pixels: Tensor) -> Tensor:
+    return torch.full_like(pixels, 128)
 
 
 def run_exam(model: VisualChat, tokenizer: Tokenizer, data: Path) -> list[Marked]:
@@ -119,10 +75,10 @@ def run_exam(model: VisualChat, tokenizer: Tokenizer, data: Path) -> list[Marked
     marked = []
     for name, test in [*((folder.name, read_test(folder)) for folder in ensure_tests(data)),
                        ("people", read_people())]:
-        for part in tqdm(list(in_parts(test)), f"exam, {name}", leave=False):
+        for part in tqdm(list(of_equal_length([rounds for rounds, _ in test], AT_ONCE)), f"exam, {name}", leave=False):
             conversations = [test[i][0] for i in part]
-            seeing = hold_conversations(model, tokenizer, conversations, blind=False)
-            blind = (hold_conversations(model, tokenizer, conversations, blind=True) if name in BLIND
+            seeing = hold_conversations(model, tokenizer, conversations, MAX_ANSWER)
+            blind = (hold_conversations(model, tokenizer, conversations, MAX_ANSWER, gray) if name in BLIND
                      else [[""] * len(rounds) for rounds in conversations])
             for i, answers, blind_answers in zip(part, seeing, blind):
                 shown, number = 0, 0

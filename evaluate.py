@@ -1,0 +1,265 @@
+"""What do models answer to a file of questions? Answers as a table, one column for each model.
+
+    python evaluate.py questions.json --model out/7b out/7b/best --out answers.csv --html answers.html
+
+questions.json is as in the project that the paper's authors released: under each name a conversation, whose rounds
+are a question and, where images are shown, their names with spaces between them:
+
+    {"cats": [["Describe the image.", "a.jpg"], ["And these?", "b.jpg c.jpg"], ["Which is the oldest?"]]}
+
+Several conversations are held at the same time, each with the model's own answers in its history. What is answered
+is kept beside answers.csv until all is, so the same command goes on after an interruption. Side room of chat.py.
+"""
+import csv
+import hashlib
+import html
+import json
+import sys
+import time
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from itertools import groupby
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from album import fingerprint
+from chat import Chat
+from data import Encoded, Round, collate, encode, encode_round, to_tensors
+from llama import Cache, Tokenizer
+from page import image_url
+from visualchat import VisualChat, load, towers
+from weights import printable, read_json, replacing
+
+
+# ---- conversations with a model ----
+
+def of_equal_length(conversations: list[list[Round]], at_once: int) -> Iterator[list[int]]:
+    """The numbers of conversations with equally many rounds, at most `at_once` at a time."""
+    def length(number: int) -> int:
+        return len(conversations[number])
+
+    for _, alike in groupby(sorted(range(len(conversations)), key=length), key=length):
+        alike = list(alike)
+        yield from (alike[start:start + at_once] for start in range(0, len(alike), at_once))
+
+
+@torch.no_grad()
+def hold_conversations(model: VisualChat, tokenizer: Tokenizer, conversations: list[list[Round]],
+                       max_new_tokens: int, seen: Callable[[Tensor], Tensor] = lambda pixels: pixels
+                       ) -> list[list[str]]:
+    """Ask the questions of conversations with equally many rounds, and let the model take the likeliest tokens.
+
+    Returns for each conversation its answers. seen: what becomes of the pixels before the model gets them.
+    """
+    vision, device, eos, n = model.vit.config, model.projection.weight.device, tokenizer.eos, len(conversations)
+    asked = [[replace(round_, answer=None) for round_ in rounds] for rounds in conversations]
+    as_text = vision.n_queries if model.llama.attention == "causal" else 0      # positions of an image that are text
+    text = max(len(encode(rounds, tokenizer, as_text).ids) for rounds in asked)
+    cache = Cache(model.llama, n, room=text + (max_new_tokens + 1) * len(asked[0]))
+    shown, said, answers = [0] * n, [[] for _ in range(n)], []
+    for rounds in zip(*asked, strict=True):
+        examples = []
+        for i, round_ in enumerate(rounds):
+            new = Encoded([], [], [], [])
+            new.add_text(said[i])                               # the cache lacks the last answer
+            question = encode_round(round_, shown[i], not answers, tokenizer, vision.n_queries)
+            examples.append(to_tensors(new + question, vision.image_size))
+            shown[i] += len(round_.images)
+        batch = collate(examples)
+        ids, kind, images = (batch[name].to(device) for name in ("ids", "kind", "images"))
+        x = model.embed(ids, kind, model.image_tokens(seen(images)))
+        logits = model.prefill(x, kind, cache, batch["lengths"])
+        tokens, ended, before = [], torch.zeros(n, dtype=torch.bool), cache.past
+        for token in model.generate(logits, cache, max_new_tokens):
+            tokens.append(token.cpu())
+            ended |= tokens[-1] == eos
+            if ended.all():
+                break
+        # Answers end at different times. So they are taken back, and the next round brings them, each up to </s>.
+        cache.past = before
+        found = torch.stack(tokens, dim=1).tolist()
+        found = [answer[:answer.index(eos)] if eos in answer else answer for answer in found]
+        said = [[*answer, eos] for answer in found]
+        answers.append([tokenizer.decode(answer) for answer in found])
+    return [list(each) for each in zip(*answers)]
+
+
+def all_answers(model: VisualChat, tokenizer: Tokenizer, conversations: list[list[Round]], at_once: int,
+                max_new_tokens: int) -> Iterator[tuple[int, list[str]]]:
+    """(number of a conversation, its answers) for all of them, those of equal length together.
+
+    One that could fill the context is held alone, by Chat, which leaves out its oldest rounds. A question that does
+    not fit even then has no answer, and that is said.
+    """
+    limit, n_tokens = model.llama.config.max_position_embeddings, model.vit.config.n_queries
+
+    def most(rounds: list[Round]) -> int:
+        return len(encode(rounds, tokenizer, n_tokens, limit=10 ** 9).ids) + (max_new_tokens + 1) * len(rounds)
+
+    short = [number for number, rounds in enumerate(conversations) if most(rounds) <= limit]
+    for part in of_equal_length([conversations[number] for number in short], at_once):
+        numbers = [short[i] for i in part]
+        yield from zip(numbers, hold_conversations(model, tokenizer, [conversations[i] for i in numbers],
+                                                   max_new_tokens))
+    for number in sorted(set(range(len(conversations))) - set(short)):
+        chat = Chat(model, tokenizer)
+        chat.max_new_tokens, chat.forgets, answers = max_new_tokens, True, []
+        for round_ in conversations[number]:
+            try:
+                answers.append(chat.ask(round_.question, *round_.images))
+            except ValueError as error:
+                print(printable(f"no answer to {round_.question[:60]!r}: {error}"), file=sys.stderr)
+                answers.append("")
+        yield number, answers
+
+
+# ---- questions and answers as files ----
+
+def read_questions(path: Path, folder: Path) -> dict[str, list[Round]]:
+    """The conversations of a file by their names; images are files in `folder`.
+
+    Raises ValueError or FileNotFoundError, with the name of the conversation, for what is not as expected.
+    """
+    found = {}
+    for name, rounds in read_json(path).items():
+        if not (isinstance(rounds, list) and rounds and all(
+                isinstance(one, list) and len(one) in (1, 2) and all(isinstance(text, str) for text in one)
+                and one[0].strip() for one in rounds)):
+            raise ValueError(f"{path}, {name:.60}: expected a list of [question] and [question, names of images]")
+        found[name] = []
+        for question, names in ((one[0], one[1].split() if one[1:] else []) for one in rounds):
+            for image in names:
+                if Path(image).is_absolute() or ".." in Path(image).parts:
+                    raise ValueError(f"{path}, {name:.60}: the image {image:.200} lies outside of {folder}")
+                if not (folder / image).is_file():
+                    raise FileNotFoundError(f"{path}, {name:.60}: no image {folder / image!s:.300}; --images names "
+                                            "the folder")
+            found[name].append(Round(tuple(folder / image for image in names), question))
+    if not found:
+        raise ValueError(f"{path} holds no conversation")
+    return found
+
+
+def digest(*parts) -> str:
+    return hashlib.sha256(repr(parts).encode(errors="backslashreplace")).hexdigest()
+
+
+def read_partial(path: Path) -> dict[str, list[str]]:
+    """Answers that an interrupted run kept, by the digest of what was asked of which weights."""
+    found = {}
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        try:
+            one = json.loads(line)
+            found[one["asked"]] = [str(answer) for answer in one["answers"]]
+        except (ValueError, TypeError, LookupError):            # a kill interrupted its writing
+            continue
+    return found
+
+
+def write_answers(path: Path, questions: dict[str, list[Round]], folder: Path, answers: dict[str, list[list[str]]]):
+    """The table: a line per round; the column of answers has the model's name where there are several."""
+    columns = ["answer"] if len(answers) == 1 else [f"answer {model}" for model in answers]
+    with replacing(path) as unfinished, open(unfinished, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["test_name", "image_path", "question", *columns])
+        for number, (name, rounds) in enumerate(questions.items()):
+            for i, round_ in enumerate(rounds):
+                images = " ".join(str(image.relative_to(folder)) for image in round_.images)
+                writer.writerow([name, images, round_.question, *(each[number][i] for each in answers.values())])
+
+
+PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+<title>Answers side by side</title>
+<style>
+:root { color-scheme: light dark; font: 16px/1.5 system-ui, sans-serif; }
+body { margin: 0 auto; max-width: 80rem; padding: 0 1rem 4rem; }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; width: 100%; }
+th, td { border: 1px solid #8886; padding: .4rem .6rem; vertical-align: top; text-align: left; white-space: pre-wrap;
+  min-width: 12rem; }
+img { display: block; max-width: 12rem; margin-top: .4rem; }
+</style></head><body><h1>Answers side by side</h1>
+"""
+
+
+def write_html(path: Path, questions: dict[str, list[Round]], answers: dict[str, list[list[str]]]):
+    """Images, questions and answers as one page that needs nothing else."""
+    parts = [PAGE]
+    for number, (name, rounds) in enumerate(questions.items()):
+        parts.append(f"<h2>{html.escape(name)}</h2>\n<div class=\"wide\"><table><tr><th>question</th>"
+                     + "".join(f"<th>{html.escape(model)}</th>" for model in answers) + "</tr>")
+        for i, round_ in enumerate(rounds):
+            images = "".join(f'<img src="{image_url(image, 320)}" alt="{html.escape(image.name)}">'
+                             for image in round_.images)
+            parts.append(f"<tr><td>{html.escape(round_.question)}{images}</td>"
+                         + "".join(f"<td>{html.escape(each[number][i])}</td>" for each in answers.values()) + "</tr>")
+        parts.append("</table></div>")
+    with replacing(path) as unfinished:
+        unfinished.write_text("\n".join(parts) + "\n</body></html>\n", encoding="utf-8")
+
+
+# ---- the program ----
+
+def answers_of(folder: Path, questions: dict[str, list[Round]], options, partial: Path) -> list[list[str]]:
+    """A model's answers to all conversations; those that `partial` holds are not asked again."""
+    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    model, config = load(folder, torch.float32 if device.type == "cpu" else torch.float16, device)
+    tokenizer = Tokenizer(towers(config)[0], model.llama.config.vocab_size)
+    weights = fingerprint(folder, config)
+    asked = [digest(weights, options.max_new_tokens, [(round_.question, list(map(str, round_.images)))
+                                                      for round_ in rounds]) for rounds in questions.values()]
+    known = read_partial(partial)
+    left = [number for number, one in enumerate(asked) if one not in known]
+    conversations = list(questions.values())
+    n_known = sum(map(len, conversations)) - sum(len(conversations[number]) for number in left)
+    with (open(partial, "a", encoding="utf-8") as file,
+          tqdm(total=sum(map(len, conversations)), initial=n_known, desc=f"{folder}", unit=" answers") as bar):
+        for i, found in all_answers(model, tokenizer, [conversations[number] for number in left], options.at_once,
+                                    options.max_new_tokens):
+            file.write(json.dumps({"asked": asked[left[i]], "answers": found}) + "\n")
+            file.flush()
+            known[asked[left[i]]] = found
+            bar.update(len(found))
+    return [known[one] for one in asked]
+
+
+def main():
+    """Ask all models all questions; what cannot be read or written ends the program with one line."""
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser.add_argument("questions", type=Path, help="the file of questions")
+    parser.add_argument("--model", type=Path, nargs="+", required=True, help="folders of training results")
+    parser.add_argument("--out", type=Path, default=Path("answers.csv"), help="the table to write")
+    parser.add_argument("--html", type=Path, help="a page to write, with the images")
+    parser.add_argument("--images", type=Path, default=Path("."), help="the folder in which the images are named")
+    parser.add_argument("--at-once", type=int, default=32, help="so many conversations are held at the same time")
+    parser.add_argument("--max-new-tokens", type=int, default=256, help="where an answer is cut")
+    options = parser.parse_args()
+    if options.at_once < 1 or options.max_new_tokens < 1:
+        parser.error("--at-once and --max-new-tokens: expected 1 or more")
+    partial = options.out.with_name(f"{options.out.name}.partial")
+    try:
+        if options.out.exists():
+            raise ValueError(f"{options.out} exists: delete it, or take another --out")
+        questions = read_questions(options.questions, options.images)
+        started = time.monotonic()
+        answers = {str(folder): answers_of(folder, questions, options, partial) for folder in options.model}
+        write_answers(options.out, questions, options.images, answers)
+        if options.html:
+            write_html(options.html, questions, answers)
+        partial.unlink()
+    except (OSError, ValueError) as error:
+        sys.exit(f"evaluate.py: {printable(str(error))}")
+    except KeyboardInterrupt:
+        sys.exit(130)
+    print(f"{options.out}: {sum(map(len, questions.values()))} questions in {len(questions)} conversations, "
+          f"{len(answers)} models, {time.monotonic() - started:.0f} s")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,272 @@
+"""What becomes of a line that is typed? Commands, images and questions; the keys; the options of chat.py.
+
+    line ─► a command of COMMANDS            /undo takes the last round back
+         ─► images (names.py) that wait      a.png
+         ─► a question, with these images    What changed from image 1 to b.png?
+
+A line that cannot be followed is explained on stderr and changes nothing. Side room of chat.py.
+"""
+import argparse
+import atexit
+import contextlib
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+
+from album import digest_of
+from data import ImageFile
+from mmca import ATTENTION
+from names import absent, as_path, parse
+from page import write_page
+from pixels import can_be_read, read_image
+from visualchat import Sampling
+from weights import printable
+
+try:
+    import readline                                             # line editing and history, where the system has it
+except ImportError:
+    readline = None
+
+
+class Terminal:
+    """What becomes of a line: a command is followed, images are shown, a question is answered."""
+
+    def __init__(self, chat, quiet: bool = False, verbose: bool = False):
+        self.chat, self.quiet, self.verbose = chat, quiet, verbose
+        self.waiting: list[ImageFile] = []                      # images that are shown with the next question
+
+    def say(self, text: str):
+        """Print what is no answer; with --quiet nothing."""
+        if not self.quiet:
+            print(printable(text), flush=True)
+
+    def number_of(self, file: Path) -> int | None:
+        """The number of an image that was shown already, by its content."""
+        digest = digest_of(file)
+        known = [*(digest for one in self.chat.rounds for digest in one.digests), *map(digest_of, self.waiting)]
+        return known.index(digest) + 1 if digest in known else None
+
+    def show(self, files: list[Path]):
+        """Announce images and let them wait for a question; raises as `read_image` does, and then shows none."""
+        for file in files:
+            read_image(file)
+        for file in files:
+            self.waiting.append(file)
+            self.say(f"image {len(self.chat.images) + len(self.waiting)}: {file}")
+
+    def ask(self, question: str, *images: ImageFile):
+        """Print the answer, and notes on what a person should know about it."""
+        n_before = len(self.chat.rounds)
+        try:
+            for piece in self.chat.stream(question, *images):
+                print(printable(piece), end="", flush=True)
+            print()
+        finally:
+            if self.chat.rounds[n_before:]:
+                self.waiting = []                               # they joined, however the round ended
+        if len(self.chat.rounds) <= n_before:
+            self.say(f"note: the context was full, so the oldest rounds are left out; all "
+                     f"{len(self.chat.images)} images are still shown")
+        if note := absent(question, len(self.chat.images)):
+            self.say(f"note: {note}")
+        if not self.chat.rounds[-1].has_ended:
+            self.say("note: the answer is cut here: " + (
+                "the context is full, /clear starts over" if len(self.chat.rounds[-1].ids) < self.chat.max_new_tokens
+                else f"it has {self.chat.max_new_tokens} tokens, --max-new-tokens allows more"))
+        if self.verbose:
+            self.say(f"note: {self.chat.figures()}")
+
+    # The commands; each gets what stands behind it in the line.
+
+    def image(self, rest: str):
+        files, other = parse(rest, 1, self.number_of)
+        if other or not rest:
+            raise FileNotFoundError(f"no image {other or 'is named'}: expected /image FILE")
+        self.show(files)
+
+    def images(self, rest: str):
+        shown = [*self.chat.images, *self.waiting]
+        self.say("\n".join(f"image {n}: {file}" for n, file in enumerate(shown, 1)) or "no images")
+
+    def undo(self, rest: str):
+        if self.waiting:
+            n = len(self.waiting)
+            self.say(f"taken back: {n} image{'s' * (n > 1)} that waited for a question")
+            self.waiting = []
+        else:
+            self.say(f"taken back: {self.chat.undo().question}")
+
+    def again(self, rest: str):
+        last = self.chat.undo()
+        self.ask(last.question, *last.images)
+
+    def clear(self, rest: str):
+        self.chat.clear()
+        self.waiting = []
+        self.say("a new conversation without images")
+
+    def save(self, rest: str):
+        path = file_in(rest, (".json", ".html"))
+        write_page(self.chat, path) if path.suffix == ".html" else self.chat.save(path)
+        self.say(f"saved: {path}")
+
+    def load(self, rest: str):
+        self.chat.load(file_in(rest, (".json",)))
+        self.waiting = []
+        for one in self.chat.rounds:
+            self.say(f"> {one.question}\n{self.chat.answer_of(one)}")
+        self.images("")
+
+    def stats(self, rest: str):
+        self.say(self.chat.figures())
+
+    def help(self, rest: str):
+        self.say("Ask about the images; name an image file to add it.\n" + "\n".join(
+            f"  {' '.join(names):<20} {meaning}" for names, meaning in COMMANDS.items()))
+
+    def follow(self, line: str) -> bool:
+        """Do what a line says; returns False where it ends the conversation. Raises OSError and ValueError."""
+        word, _, rest = line.strip().partition(" ")
+        name = word.lower()
+        if name in ("/quit", "/exit", "/bye", "quit", "exit", ":q") and not rest:
+            return False
+        method = next((names[0][1:] for names in COMMANDS if name in names), None)
+        if method:
+            getattr(self, method)(rest.strip())
+        elif word.startswith("/") and "/" not in word[1:] and not Path(word).suffix and not os.path.exists(word):
+            raise ValueError(f"there is no command {word}; there are "
+                             f"{' '.join(name for names in COMMANDS for name in names)}")
+        elif word:
+            first = len(self.chat.images) + len(self.waiting) + 1
+            files, question = parse(line, first, self.number_of)
+            self.show(files)
+            if question:
+                self.ask(question, *self.waiting)
+            elif not files:
+                self.images("")                                 # only images that were shown already
+        return True
+
+
+COMMANDS = {
+    ("/image",): "FILE…: show images", ("/images",): "which images are shown",
+    ("/undo",): "take the last round back", ("/again",): "answer the last question again",
+    ("/clear", "/new"): "start over, without images",
+    ("/save",): "FILE.json: keep the conversation; FILE.html: a page that shows where each word looked",
+    ("/load",): "FILE.json: go on with a conversation", ("/stats",): "speed, and how full the context is",
+    ("/help",): "this list", ("/quit", "/exit", "/bye"): "end, as Ctrl-D does; Ctrl-C stops an answer"}
+
+
+def file_in(text: str, suffixes: tuple[str, ...]) -> Path:
+    """The file that a command names; raises ValueError where it does not end as expected."""
+    path = as_path(text.strip("\"'`"))
+    if path.suffix not in suffixes:
+        raise ValueError(f"expected a name that ends in {' or '.join(suffixes)}, found {text or 'none'}")
+    return path
+
+
+# ---- lines and keys ----
+
+def completions(text: str, line: str) -> list[str]:
+    """Commands, at the beginning of a line, and files, that begin like a text."""
+    commands = [f"{name} " for names in COMMANDS for name in names if line == text and name.startswith(text)]
+    folder, start = os.path.split(text)
+    try:
+        files = sorted(os.scandir(os.path.expanduser(folder) or "."), key=lambda file: file.name)
+    except OSError:
+        files = []
+    return commands + [os.path.join(folder, file.name.replace(" ", "\\ ")) + ("/" if file.is_dir() else " ")
+                       for file in files if file.name.startswith(start) and (start or file.name[0] != ".")]
+
+
+def prepare_keys():
+    """Tab completes, a pasted text is one line, and lines can be recalled, those of earlier starts, too."""
+    if not readline:
+        return
+    history = Path(os.environ.get("XDG_STATE_HOME") or "~/.local/state").expanduser() / "visualchat_history"
+    with contextlib.suppress(OSError):
+        readline.read_history_file(history)
+    readline.set_history_length(1000)
+    readline.set_completer_delims(" \t\n\"'`")
+    readline.set_completer(lambda text, n: (completions(text, readline.get_line_buffer()) + [None])[n])
+    for setting in ("tab: complete", "set enable-bracketed-paste on"):
+        readline.parse_and_bind(setting)
+
+    def keep():
+        with contextlib.suppress(OSError):
+            history.parent.mkdir(parents=True, exist_ok=True)
+            readline.write_history_file(history)
+
+    atexit.register(keep)
+
+
+def converse(terminal: Terminal) -> bool:
+    """Read lines until they end; a bad line is explained and changes nothing. Returns whether all were good."""
+    good, asks = True, sys.stdin.isatty()
+    if asks:
+        prepare_keys()
+        terminal.say("Ask about the images; name an image file to add it. /help lists what else there is.")
+    while True:
+        try:
+            line = input("> " if asks else "")
+            if not asks and line.strip():
+                terminal.say(f"> {line}")
+            if not terminal.follow(line):
+                return good
+        except EOFError:
+            if asks:
+                print()
+            return good
+        except KeyboardInterrupt:                               # clears a line or ends an answer, no more
+            print("\nstopped; /quit or Ctrl-D ends the conversation")
+        except (OSError, ValueError) as error:
+            print(printable(str(error)), file=sys.stderr, flush=True)
+            good = False
+            terminal.waiting = [file for file in terminal.waiting if can_be_read(file)]    # else no later line would do
+
+
+# ---- the options ----
+
+def read_options(description: str) -> argparse.Namespace:
+    """The options; a bad one ends the program with a line before anything is loaded."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("images", nargs="*", help="images to talk about from the first question on")
+    add("--question", action="append", help="answer this and end; may be given several times")
+    add("--model", type=Path, help="folder of a training result; default the newest under out/")
+    add("--attention", choices=ATTENTION,
+        help="`written` for a model trained with mmca: the formula as it is written, slower")
+    add("--keep", type=Path, help="folder that keeps the keys and values of each image")
+    add("--temperature", type=float, default=0.0, help="0: the likeliest word; 1: by chance")
+    add("--top-p", type=float, default=1.0,
+        help="with a temperature: draw from the likeliest words that together have this chance")
+    add("--top-k", type=int, default=0, help="with a temperature: draw from so many of the likeliest words")
+    add("--repetition-penalty", type=float, default=1.0, help="above 1: fewer repetitions within an answer")
+    add("--max-new-tokens", type=int, default=512, help="where an answer is cut")
+    add("--seed", type=int, help="with a temperature: the same seed, the same answers")
+    add("--forget", action="store_true", help="leave out the oldest rounds, not their images, when the context is full")
+    add("--verbose", action="store_true", help="after each answer: speed, and how full the context is")
+    add("--quiet", action="store_true", help="print answers alone, and errors")
+    add("--page", type=Path, help="at the end write the conversation as a page, FILE.html, that shows where the "
+                                  "model looked")
+    add("--heatmap", type=Path, help="at the end draw where the last answer looked, as an image")
+    add("--compile", action="store_true",
+        help="torch.compile for decoding: the first answers wait for it, later ones are faster; on a CPU the "
+             "weights then take half as much memory again")
+    options = parser.parse_args()
+    try:
+        options.sampling = Sampling(options.temperature, options.top_k, options.top_p, options.repetition_penalty)
+    except ValueError as error:
+        parser.error(str(error))
+    if options.question and not all(question.strip() for question in options.question):
+        parser.error("--question: an empty one; expected a question, or the name of an image and a question")
+    if options.keep and options.keep.exists() and not options.keep.is_dir():
+        parser.error(f"--keep {options.keep}: expected a folder, or a name for one")
+    if options.max_new_tokens < 1:
+        parser.error(f"--max-new-tokens {options.max_new_tokens}: expected 1 or more")
+    compiler = os.environ.get("CXX") or "g++"                   # torch.compile looks for it in this way
+    if options.compile and not torch.accelerator.is_available() and not shutil.which(compiler):
+        parser.error(f"--compile needs a C++ compiler: found no {compiler}; CXX can name another")
+    return options
