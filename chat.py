@@ -1,15 +1,11 @@
 """Talk to a trained model: several rounds, several images, answers as they are made.
 
-    python chat.py examples/a.png examples/b.png                          asks for questions, round after round
-    python chat.py examples/a.png --question "Describe image 1."          answers and ends
+    python chat.py examples/a.png examples/b.png                  asks for questions; images can join any round
+    Chat.open("out/tiny").ask("Describe image 1.", "a.png")       from Python
 
-    chat = Chat.open("out/tiny")                                          from Python
-    chat.ask("Describe image 1.", "examples/a.png")
-
-An image can join in any round: name its file in the question. A round costs only its own tokens, because a cache
-keeps the keys and values of all earlier ones. Needs no deepspeed. Before: visualchat.py, data.py. Side rooms:
-terminal.py (what becomes of a line), album.py (images that were shown before), decode.py (--compile), page.py
-(where the model looked).
+A round costs only its own tokens, because a cache keeps the keys and values of earlier ones. Needs no deepspeed.
+Before: visualchat.py, data.py. Side rooms: terminal.py (what becomes of a line), names.py (which images it names),
+album.py (images that were shown before), decode.py (--compile), page.py (where the model looked).
 """
 import base64
 import binascii
@@ -20,14 +16,12 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from io import BytesIO
 from pathlib import Path
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)                # Ctrl-C while all this is imported ends without a word
+    signal.signal(signal.SIGINT, signal.SIG_DFL)                # Ctrl-C during the imports ends without a word
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from album import Album, digest_of, fingerprint
@@ -35,35 +29,15 @@ from data import Encoded, ImageFile, Round, encode_round
 from decode import compile_step
 from llama import Cache, Tokenizer
 from mmca import IMAGE
-from names import as_path
+from names import InMemory, as_file, as_path
 from page import draw_heatmap, write_page
 from pixels import load_pixels
-from terminal import Terminal, converse, read_options
-from visualchat import TRAINED, Sampling, VisualChat, load, towers
-from weights import find_weights, printable, read_json, replacing
+from terminal import Terminal, converse, newest, read_options
+from visualchat import Sampling, VisualChat, load, towers
+from weights import printable, read_json, replacing
 
 
 # ---- a conversation ----
-
-@dataclass(frozen=True)
-class InMemory:
-    """An image that is no file, such as one that was drawn, as PNG."""
-    content: bytes
-
-    def read_bytes(self) -> bytes:
-        return self.content
-
-    def __str__(self) -> str:
-        return "an image without a file"
-
-
-def as_file(image) -> ImageFile:
-    """An image that is named by a str or a Path, or a PIL image, as the other files want it."""
-    if isinstance(image, Image.Image):
-        image.save(content := BytesIO(), "PNG")
-        return InMemory(content.getvalue())
-    return Path(image) if isinstance(image, str) else image
-
 
 @dataclass
 class Answered:
@@ -104,8 +78,8 @@ class Chat:
         self.forgets = False        # whether the oldest rounds are left out where the context is full
         self.rounds: list[Answered] = []
         self.cache = Cache(model.llama, 1, self.limit)
-        self.running = (piece for piece in ())                  # of the last answer
-        self.description = ""
+        self.running = (piece for piece in ())                  # the last answer, which may be half read
+        self.description = ""       # for people
 
     @classmethod
     def open(cls, folder: Path | str, attention: str | None = None, keep: Path | None = None,
@@ -121,11 +95,11 @@ class Chat:
         if wanted != config.attention and "causal" in (wanted, config.attention):
             raise ValueError(f"{folder} was trained with {config.attention} attention, which --attention {wanted} "
                              "does not fit")
-        model.llama.attention = wanted
         if keep and wanted != "mmca":
-            raise ValueError(f"--keep needs MMCA: under {wanted} attention an image's keys are made anew each time")
+            raise ValueError(f"--keep needs MMCA: with {wanted} attention an image's keys are made anew each time")
         if compiled and wanted == "written":
             raise ValueError("--compile has a form of attention of its own: leave out --attention written")
+        model.llama.attention = wanted
         album = Album(model, keep and Path(keep) / fingerprint(folder, config))
         tokenizer = Tokenizer(towers(config)[0], model.llama.config.vocab_size)
         chat = cls(model, tokenizer, album, compile_step(model.llama) if compiled else None)
@@ -142,7 +116,7 @@ class Chat:
         return [image for one in self.rounds for image in one.images]
 
     def encoded(self, rounds: list[Answered], waits: bool = False) -> Encoded:
-        """Ids and kinds of these rounds; waits: the last one has no answer yet."""
+        """Ids, kinds and labels of these rounds; waits: the last one has no answer yet."""
         out = Encoded([], [], [], [])
         for number, one in enumerate(rounds, 1):
             out += encode_round(Round(one.images, one.question), len(out.images), number == 1, self.tokenizer,
@@ -196,7 +170,8 @@ class Chat:
             else:
                 logits = model.prefill(model.llama.embed_tokens(ids), kind, self.cache, image_kv=image_kv)
             if not logits.isfinite().all() or logits.amin() == logits.amax():
-                raise ValueError("the model computes values that are no finite numbers, or all the same: are its weights damaged?")
+                raise ValueError("the model computes values that are no finite numbers, or all the same: are its "
+                                 "weights damaged?")
         except BaseException:                                   # Ctrl-C, too
             self.cache.past = before
             raise
@@ -232,7 +207,7 @@ class Chat:
         An answer that is not read to its end ends there. Raises FileNotFoundError or ValueError for an image that
         cannot be read and ValueError where the context is full; the conversation is then as it was before.
         """
-        self.running.close()                                    # somebody may hold an answer half read
+        self.running.close()
         self.running = self.pieces(question, [as_file(image) for image in images])
         return self.running
 
@@ -242,6 +217,7 @@ class Chat:
 
     def undo(self) -> Answered:
         """Take the last round back, with its images; raises ValueError where there is none."""
+        self.running.close()
         if not self.rounds:
             raise ValueError("there is no round to take back")
         last = self.rounds.pop()
@@ -250,6 +226,7 @@ class Chat:
 
     def clear(self):
         """Begin anew, without images."""
+        self.running.close()
         self.rounds, self.cache.past = [], [()]
 
     def save(self, path: Path | str):
@@ -274,7 +251,7 @@ class Chat:
                                if name.startswith("data:") else Path(name) for name in one["images"])
                 if not all(isinstance(one[name], str) for name in ("question", "answer")):
                     raise TypeError("a text is expected for question and answer")
-                ids = one.get("ids", [])                        # Another tokenizer may have cut the words otherwise.
+                ids = one.get("ids", [])                        # Another tokenizer may have cut words otherwise.
                 if not self.fits(ids, one["answer"]):
                     ids = self.tokenizer.encode(one["answer"])
                 rounds.append(Answered(images, tuple(map(digest_of, images)), one["question"], ids,
@@ -283,6 +260,7 @@ class Chat:
             raise ValueError(f"{path} is no conversation that was saved here: {error}") from error
         if (n := len(self.encoded(rounds).ids)) >= self.limit:
             raise ValueError(f"{path} holds {n} positions, and the context has {self.limit}")
+        self.running.close()
         self.rounds, self.cache.past = rounds, [()]
 
     def fits(self, ids, answer: str) -> bool:
@@ -291,26 +269,19 @@ class Chat:
         return (isinstance(ids, list) and all(type(id) is int and id in rows for id in ids)
                 and self.tokenizer.decode(ids) == answer)
 
-    def figures(self) -> str:
-        """How long the last answer took, and how much of the context is used."""
-        used = f"{len(self.encoded(self.rounds).ids):,} of {self.limit:,} positions used"
-        if not self.rounds or not self.rounds[-1].seconds:
-            return used
-        last = self.rounds[-1]
-        n, seconds = len(last.ids) + last.has_ended - 1, last.seconds - last.first_after
-        speed = f"{n / seconds:.1f} tokens/s, " if n and seconds else ""
-        return f"first token after {last.first_after:.2f} s, {speed}{used}"
-
 
 # ---- the program ----
 
-def newest(folder: Path, say: Callable[[str], None] = print) -> Path:
-    """The newest training result under a folder. If there is none, says so and takes the one in weights/tiny."""
-    results = sorted(folder.glob(f"*/{TRAINED}"), key=lambda path: path.stat().st_mtime)
-    if results:
-        return results[-1].parent
-    say(f"{folder}/ holds no training result, so this is the tiny one that comes with the code")
-    return find_weights("tiny/chat")
+def open_chat(options, say: Callable[[str], None]) -> Chat:
+    """The conversation that the options ask for; says what was loaded."""
+    chat = Chat.open(options.model or newest(Path("out"), say), options.attention, options.keep, options.compile)
+    chat.sampling, chat.max_new_tokens, chat.forgets = options.sampling, options.max_new_tokens, options.forget
+    say(chat.description + ("; the first answer without and the first one with an image wait for the compiler"
+                            if options.compile else ""))
+    if options.seed is not None:
+        torch.manual_seed(options.seed)
+    return chat
+
 
 def main():
     """A bad setting or file ends the program with one line, whatever was asked before.
@@ -325,13 +296,7 @@ def main():
     good = True
     try:
         say = (lambda line: None) if options.quiet else print
-        chat = Chat.open(options.model or newest(Path("out"), say), options.attention, options.keep,
-                         options.compile)
-        chat.sampling, chat.max_new_tokens, chat.forgets = options.sampling, options.max_new_tokens, options.forget
-        say(chat.description + ("; the first answer without and the first one with an image wait for the compiler"
-                                if options.compile else ""))
-        if options.seed is not None:
-            torch.manual_seed(options.seed)
+        chat = open_chat(options, say)
         terminal = Terminal(chat, options.quiet, options.verbose)
         terminal.show([as_path(name) for name in options.images])
         for line in options.question or ():

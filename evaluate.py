@@ -57,7 +57,7 @@ def hold_conversations(model: VisualChat, tokenizer: Tokenizer, conversations: l
     """
     vision, device, eos, n = model.vit.config, model.projection.weight.device, tokenizer.eos, len(conversations)
     asked = [[replace(round_, answer=None) for round_ in rounds] for rounds in conversations]
-    as_text = vision.n_queries if model.llama.attention == "causal" else 0      # positions of an image that are text
+    as_text = vision.n_queries if model.llama.attention == "causal" else 0      # positions of an image
     text = max(len(encode(rounds, tokenizer, as_text).ids) for rounds in asked)
     cache = Cache(model.llama, n, room=text + (max_new_tokens + 1) * len(asked[0]))
     shown, said, answers = [0] * n, [[] for _ in range(n)], []
@@ -92,8 +92,8 @@ def all_answers(model: VisualChat, tokenizer: Tokenizer, conversations: list[lis
                 max_new_tokens: int) -> Iterator[tuple[int, list[str]]]:
     """(number of a conversation, its answers) for all of them, those of equal length together.
 
-    One that could fill the context is held alone, by Chat, which leaves out its oldest rounds. A question that does
-    not fit even then has no answer, and that is said.
+    One that could fill the context is held alone, by Chat, which leaves out its oldest rounds. A question that
+    does not fit even then has no answer, and that is said.
     """
     limit, n_tokens = model.llama.config.max_position_embeddings, model.vit.config.n_queries
 
@@ -136,8 +136,8 @@ def read_questions(path: Path, folder: Path) -> dict[str, list[Round]]:
                 if Path(image).is_absolute() or ".." in Path(image).parts:
                     raise ValueError(f"{path}, {name:.60}: the image {image:.200} lies outside of {folder}")
                 if not (folder / image).is_file():
-                    raise FileNotFoundError(f"{path}, {name:.60}: no image {folder / image!s:.300}; --images names "
-                                            "the folder")
+                    raise FileNotFoundError(f"{path}, {name:.60}: no image {folder / image!s:.300}; --images "
+                                            "names the folder")
             found[name].append(Round(tuple(folder / image for image in names), question))
     if not found:
         raise ValueError(f"{path} holds no conversation")
@@ -160,7 +160,8 @@ def read_partial(path: Path) -> dict[str, list[str]]:
     return found
 
 
-def write_answers(path: Path, questions: dict[str, list[Round]], folder: Path, answers: dict[str, list[list[str]]]):
+def write_answers(path: Path, questions: dict[str, list[Round]], folder: Path,
+                  answers: dict[str, list[list[str]]]):
     """The table: a line per round; the column of answers has the model's name where there are several."""
     columns = ["answer"] if len(answers) == 1 else [f"answer {model}" for model in answers]
     with replacing(path) as unfinished, open(unfinished, "w", newline="", encoding="utf-8") as file:
@@ -172,7 +173,7 @@ def write_answers(path: Path, questions: dict[str, list[Round]], folder: Path, a
                 writer.writerow([name, images, round_.question, *(each[number][i] for each in answers.values())])
 
 
-PAGE = """<!doctype html>
+SIDE_BY_SIDE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
 <title>Answers side by side</title>
@@ -181,8 +182,8 @@ PAGE = """<!doctype html>
 body { margin: 0 auto; max-width: 80rem; padding: 0 1rem 4rem; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; }
-th, td { border: 1px solid #8886; padding: .4rem .6rem; vertical-align: top; text-align: left; white-space: pre-wrap;
-  min-width: 12rem; }
+th, td { border: 1px solid #8886; padding: .4rem .6rem; vertical-align: top; text-align: left; min-width: 12rem;
+  white-space: pre-wrap; }
 img { display: block; max-width: 12rem; margin-top: .4rem; }
 </style></head><body><h1>Answers side by side</h1>
 """
@@ -190,15 +191,15 @@ img { display: block; max-width: 12rem; margin-top: .4rem; }
 
 def write_html(path: Path, questions: dict[str, list[Round]], answers: dict[str, list[list[str]]]):
     """Images, questions and answers as one page that needs nothing else."""
-    parts = [PAGE]
+    parts = [SIDE_BY_SIDE]
     for number, (name, rounds) in enumerate(questions.items()):
         parts.append(f"<h2>{html.escape(name)}</h2>\n<div class=\"wide\"><table><tr><th>question</th>"
                      + "".join(f"<th>{html.escape(model)}</th>" for model in answers) + "</tr>")
         for i, round_ in enumerate(rounds):
             images = "".join(f'<img src="{image_url(image, 320)}" alt="{html.escape(image.name)}">'
                              for image in round_.images)
-            parts.append(f"<tr><td>{html.escape(round_.question)}{images}</td>"
-                         + "".join(f"<td>{html.escape(each[number][i])}</td>" for each in answers.values()) + "</tr>")
+            said = "".join(f"<td>{html.escape(each[number][i])}</td>" for each in answers.values())
+            parts.append(f"<tr><td>{html.escape(round_.question)}{images}</td>{said}</tr>")
         parts.append("</table></div>")
     with replacing(path) as unfinished:
         unfinished.write_text("\n".join(parts) + "\n</body></html>\n", encoding="utf-8")

@@ -10,11 +10,14 @@ answer. Side room of chat.py.
 import os
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from urllib.parse import unquote
 
 from PIL import Image
 
+from data import ImageFile
 from pixels import FORMATS, can_be_read
 
 # A word, with escaped spaces, or a text in quotes with what is attached to it.
@@ -65,8 +68,9 @@ def named(text: str) -> tuple[Path, str] | None:
     return (path, marks) if bare and (path := image_file(bare)) else None
 
 
-def parse(line: str, first: int, known: Callable[[Path], int | None] = lambda path: None) -> tuple[list[Path], str]:
-    """A line as (image files that join, in their order, the question).
+def parse(line: str, first: int, known: Callable[[Path], int | None] = lambda path: None
+          ) -> tuple[list[Path], str]:
+    """A line as (image files that join, the question).
 
     Within a sentence a name becomes "image 3", counting from `first`; before or after a sentence it is left out.
     known: the number of an image that was shown before; it does not join again. Raises as `image_file` does.
@@ -103,9 +107,10 @@ COUNTED = {word: n for n, both in enumerate((
 AN_IMAGE = r"(?:images?|pictures?|photos?|photographs?|pics?|imgs?)"
 CARDINAL = rf"(?:\d+|{'|'.join(list(COUNTED)[::2])})"
 ORDINAL = rf"(?:\d+(?:st|nd|rd|th)|{'|'.join(list(COUNTED)[1::2])})"
-NUMBERED = re.compile(rf"\b{AN_IMAGE}\s*(?:no\.?\s*|number\s*|#\s*)?({CARDINAL}(?:(?:\s*[,&]\s*(?:and\s+)?|\s+(?:and|or"
-                      rf"|to|with)\s+){CARDINAL})*)\b|\b({ORDINAL}(?:\s+(?:and|or)\s+(?:the\s+)?{ORDINAL})*)\s+"
-                      rf"{AN_IMAGE}\b", re.IGNORECASE)
+NUMBERED = re.compile(                          # "images 1, 2 and 3", or "the first and the second image"
+    rf"\b{AN_IMAGE}\s*(?:no\.?\s*|number\s*|#\s*)?"
+    rf"({CARDINAL}(?:(?:\s*[,&]\s*(?:and\s+)?|\s+(?:and|or|to|with)\s+){CARDINAL})*)\b|"
+    rf"\b({ORDINAL}(?:\s+(?:and|or)\s+(?:the\s+)?{ORDINAL})*)\s+{AN_IMAGE}\b", re.IGNORECASE)
 
 
 def absent(question: str, n_images: int) -> str:
@@ -118,3 +123,25 @@ def absent(question: str, n_images: int) -> str:
     wrong = sorted(number for number in numbers if not 1 <= number <= n_images)
     return (f"there is no image {' or '.join(map(str, wrong))}: {n_images} "
             f"{'is' if n_images == 1 else 'are'} shown") if wrong else ""
+
+
+# ---- images from Python ----
+
+@dataclass(frozen=True)
+class InMemory:
+    """An image that is no file, such as one that was drawn, as PNG."""
+    content: bytes
+
+    def read_bytes(self) -> bytes:
+        return self.content
+
+    def __str__(self) -> str:
+        return "an image without a file"
+
+
+def as_file(image) -> ImageFile:
+    """An image that is named by a str or a Path, or a PIL image, as the other files want it."""
+    if isinstance(image, Image.Image):
+        image.save(content := BytesIO(), "PNG")
+        return InMemory(content.getvalue())
+    return Path(image) if isinstance(image, str) else image

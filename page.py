@@ -42,8 +42,9 @@ def patches_of(model: VisualChat, pixels: Tensor) -> tuple[Tensor, Tensor]:
     found = []
 
     def look(attention: PoolAttention, inputs: tuple[Tensor, Tensor, Tensor]):
-        q, k = (F.linear(x, *part).unflatten(-1, (-1, HEAD_DIM)).transpose(1, 2).float()       # (I, H, n or P, D)
-                for x, *part in zip(inputs[:2], attention.in_proj_weight.chunk(3), attention.in_proj_bias.chunk(3)))
+        parts = zip(inputs[:2], attention.in_proj_weight.chunk(3), attention.in_proj_bias.chunk(3))
+        q, k = (F.linear(*part).unflatten(-1, (-1, HEAD_DIM)).transpose(1, 2).float()       # (I, H, n or P, D)
+                for part in parts)
         found.append((q @ k.mT * HEAD_DIM ** -0.5).softmax(-1).mean(1))
 
     handle = model.vit.attn_pool.attn.register_forward_pre_hook(look)
@@ -60,14 +61,15 @@ def looks_of(model: VisualChat, encoded: Encoded) -> Looks:
     Raises ValueError where there is no image, or no MMCA, and as `read_image` does.
     """
     if not encoded.images or model.llama.attention == "causal":
-        raise ValueError("there is nothing to show: a heat map needs an image, and a model that was trained with mmca")
+        raise ValueError("there is nothing to show: a heat map needs an image, and a model that was trained with "
+                         "mmca")
     device, vision = model.projection.weight.device, model.vit.config
     pixels = torch.stack([load_pixels(file, vision.image_size) for file in encoded.images]).to(device)
     tokens, patches = patches_of(model, pixels)
     ids, kind, labels = (torch.tensor(values, device=device) for values in
                          (encoded.ids, encoded.kind, encoded.labels))
-    asking = (labels != IGNORE).nonzero()[:, 0] - 1                             # (A): position t predicts t + 1
-    rows = (kind == TEXT).cumsum(0)[asking] - 1                                 # their places among the text tokens
+    asking = (labels != IGNORE).nonzero()[:, 0] - 1                         # (A): position t predicts t + 1
+    rows = (kind == TEXT).cumsum(0)[asking] - 1                             # their places among text tokens
     n_seen = (kind == IMAGE).cumsum(0)[asking]
     sees = torch.arange(int((kind == IMAGE).sum()), device=device) < n_seen[:, None]           # (A, I·n)
     found = []
@@ -131,9 +133,8 @@ def draw_heatmap(chat, path: Path, side: int = 320):
     pen = ImageDraw.Draw(sheet)
     for number, (file, values) in enumerate(zip(chat.images, heat / heat.max()), 1):
         left, image = 10 + (number - 1) * (side + 10), read_image(file).resize((side, side))
-        opacity = Image.fromarray((values.view(grid, grid) * 200).byte().numpy()).resize((side, side),
-                                                                                        Image.Resampling.BICUBIC)
-        image.paste((255, 80, 0), mask=opacity)
+        opacity = Image.fromarray((values.view(grid, grid) * 200).byte().numpy())
+        image.paste((255, 80, 0), mask=opacity.resize((side, side), Image.Resampling.BICUBIC))
         sheet.paste(image, (left, 30))
         pen.text((left, 8), f"image {number}: {share[number - 1].sum():.0%} of the attention to images", "black",
                  font_size=14)
@@ -166,8 +167,8 @@ meter { width: 100%; }
 .word:hover, .word:focus, .word.on { outline: 2px solid var(--warm); }
 </style></head><body>
 <h1>A conversation about images</h1>
-<p>Move over a word of an answer, tap it, or go to it with Tab: orange shows where the model looked when it made the
-word, and the bars how it shared its attention among the images that were shown by then.
+<p>Move over a word of an answer, tap it, or go to it with Tab: orange shows where the model looked when it made
+the word, and the bars how it shared its attention among the images that were shown by then.
 <label>Layer <select id="layer">LAYERS</select></label></p>
 <div id="images">IMAGES</div>
 <main>ROUNDS</main>
@@ -183,7 +184,8 @@ let shown = null;
 function heatOf(image, word) {          // what the word took from each patch of the image
   const heat = new Float32Array(P), w = ((+layer.value * words + word) * images + image) * n;
   for (let i = 0; i < n; i++)
-    for (let p = 0; p < P; p++) heat[p] += weights[w + i] * patches[(image * n + i) * P + p] * data.scale[image * n + i];
+    for (let p = 0, row = image * n + i; p < P; p++)
+      heat[p] += weights[w + i] * patches[row * P + p] * data.scale[row];
   return heat;
 }
 
@@ -195,7 +197,8 @@ function show(element) {
   const word = +element.dataset.word, heats = frames.map((_, image) => heatOf(image, word));
   const most = Math.max(1e-9, ...heats.map(heat => Math.max(...heat)));
   frames.forEach((figure, image) => {
-    const pen = figure.querySelector("canvas").getContext("2d"), pixels = pen.createImageData(data.side, data.side);
+    const pen = figure.querySelector("canvas").getContext("2d");
+    const pixels = pen.createImageData(data.side, data.side);
     heats[image].forEach((value, p) => pixels.data.set([255, 80, 0, 200 * value / most], 4 * p));
     pen.putImageData(pixels, 0, 0);
     const share = data.shares[(+layer.value * words + word) * images + image];
@@ -207,7 +210,8 @@ function show(element) {
 for (const word of document.querySelectorAll(".word"))
   for (const event of ["pointerenter", "focus", "click"]) word.addEventListener(event, () => show(word));
 layer.addEventListener("change", () => shown && show(shown));
-if (location.hash) show(document.querySelector(`[data-word="${+location.hash.slice(1)}"]`));      // talk.html#3
+if (location.hash)                      // talk.html#3
+  show(document.querySelector(`[data-word="${+location.hash.slice(1)}"]`));
 document.addEventListener("keydown", event => {
   const all = [...document.querySelectorAll(".word")], step = {ArrowRight: 1, ArrowLeft: -1}[event.key];
   if (step && document.activeElement !== layer && all.length)
@@ -239,16 +243,18 @@ def write_page(chat, path: Path):
     for one, words in zip(chat.rounds, word_looks(chat, looks)):
         spans = []
         for text, look in words:
-            spans.append(f'<span class="word" tabindex="0" data-word="{len(weights)}">{html.escape(text)}</span>')
+            spans.append(f'<span class="word" tabindex="0" data-word="{len(weights)}">{html.escape(text)}'
+                         '</span>')
             weights.append(look)
-        rounds.append(f'<p class="question">{html.escape(one.question)}</p>\n<p class="answer">{"".join(spans)}</p>')
+        rounds.append(f'<p class="question">{html.escape(one.question)}</p>\n'
+                      f'<p class="answer">{"".join(spans)}</p>')
     side = round(n_patches ** 0.5)
     figures = [f'<figure><div class="frame"><img src="{image_url(file)}" alt="image {number}">'
                f'<canvas width="{side}" height="{side}"></canvas></div><figcaption>image {number}: '
                f'{html.escape(Path(str(file)).name)} <output></output><meter></meter></figcaption></figure>'
                for number, file in enumerate(chat.images, 1)]
     of_words = torch.stack(weights, dim=1) if weights else looks.tokens[:, :0]          # (layers, words, I, n)
-    of_words = torch.cat((of_words.mean(0, keepdim=True), of_words))                    # first the mean of all layers
+    of_words = torch.cat((of_words.mean(0, keepdim=True), of_words))        # first the mean of all layers
     patches, scale = to_bytes(looks.patches)
     # One scale for all images of a word: the page compares them.
     data = dict(shape=of_words.shape, side=side, weights=to_bytes(of_words.flatten(2))[0], patches=patches,

@@ -12,6 +12,7 @@ import contextlib
 import os
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -22,13 +23,32 @@ from mmca import ATTENTION
 from names import absent, as_path, parse
 from page import write_page
 from pixels import can_be_read, read_image
-from visualchat import Sampling
-from weights import printable
+from visualchat import TRAINED, Sampling
+from weights import find_weights, printable
 
 try:
     import readline                                             # line editing and history, where the system has it
 except ImportError:
     readline = None
+
+
+def newest(folder: Path, say: Callable[[str], None] = print) -> Path:
+    """The newest training result under a folder. If there is none, says so and takes the one in weights/tiny."""
+    results = sorted(folder.glob(f"*/{TRAINED}"), key=lambda path: path.stat().st_mtime)
+    if results:
+        return results[-1].parent
+    say(f"{folder}/ holds no training result, so this is the tiny one that comes with the code")
+    return find_weights("tiny/chat")
+
+def figures(chat) -> str:
+    """How long the last answer took, and how much of the context is used."""
+    used = f"{len(chat.encoded(chat.rounds).ids):,} of {chat.limit:,} positions used"
+    if not chat.rounds or not chat.rounds[-1].seconds:
+        return used
+    last = chat.rounds[-1]
+    n, seconds = len(last.ids) + last.has_ended - 1, last.seconds - last.first_after
+    speed = f"{n / seconds:.1f} tokens/s, " if n and seconds else ""
+    return f"first token after {last.first_after:.2f} s, {speed}{used}"
 
 
 class Terminal:
@@ -46,7 +66,8 @@ class Terminal:
     def number_of(self, file: Path) -> int | None:
         """The number of an image that was shown already, by its content."""
         digest = digest_of(file)
-        known = [*(digest for one in self.chat.rounds for digest in one.digests), *map(digest_of, self.waiting)]
+        known = [digest for one in self.chat.rounds for digest in one.digests]
+        known += [digest_of(file) for file in self.waiting]
         return known.index(digest) + 1 if digest in known else None
 
     def show(self, files: list[Path]):
@@ -72,12 +93,13 @@ class Terminal:
                      f"{len(self.chat.images)} images are still shown")
         if note := absent(question, len(self.chat.images)):
             self.say(f"note: {note}")
-        if not self.chat.rounds[-1].has_ended:
+        last, most = self.chat.rounds[-1], self.chat.max_new_tokens
+        if not last.has_ended:
             self.say("note: the answer is cut here: " + (
-                "the context is full, /clear starts over" if len(self.chat.rounds[-1].ids) < self.chat.max_new_tokens
-                else f"it has {self.chat.max_new_tokens} tokens, --max-new-tokens allows more"))
+                "the context is full, /clear starts over" if len(last.ids) < most else
+                f"it has {most} tokens, --max-new-tokens allows more"))
         if self.verbose:
-            self.say(f"note: {self.chat.figures()}")
+            self.say(f"note: {figures(self.chat)}")
 
     # The commands; each gets what stands behind it in the line.
 
@@ -121,7 +143,7 @@ class Terminal:
         self.images("")
 
     def stats(self, rest: str):
-        self.say(self.chat.figures())
+        self.say(figures(self.chat))
 
     def help(self, rest: str):
         self.say("Ask about the images; name an image file to add it.\n" + "\n".join(
@@ -224,10 +246,29 @@ def converse(terminal: Terminal) -> bool:
         except (OSError, ValueError) as error:
             print(printable(str(error)), file=sys.stderr, flush=True)
             good = False
-            terminal.waiting = [file for file in terminal.waiting if can_be_read(file)]    # else no later line would do
+            # Else no later line would do.
+            terminal.waiting = [file for file in terminal.waiting if can_be_read(file)]
 
 
 # ---- the options ----
+
+def what_is_wrong(options: argparse.Namespace) -> str:
+    """What cannot be meant, in a line, or ''; makes the sampling of the options."""
+    try:
+        options.sampling = Sampling(options.temperature, options.top_k, options.top_p, options.repetition_penalty)
+    except ValueError as error:
+        return str(error)
+    if options.question and not all(question.strip() for question in options.question):
+        return "--question: an empty one; expected a question, or the name of an image and a question"
+    if options.keep and options.keep.exists() and not options.keep.is_dir():
+        return f"--keep {options.keep}: expected a folder, or a name for one"
+    if options.max_new_tokens < 1:
+        return f"--max-new-tokens {options.max_new_tokens}: expected 1 or more"
+    compiler = os.environ.get("CXX") or "g++"                   # torch.compile looks for it in this way
+    if options.compile and not torch.accelerator.is_available() and not shutil.which(compiler):
+        return f"--compile needs a C++ compiler: found no {compiler}; CXX can name another"
+    return ""
+
 
 def read_options(description: str) -> argparse.Namespace:
     """The options; a bad one ends the program with a line before anything is loaded."""
@@ -246,7 +287,8 @@ def read_options(description: str) -> argparse.Namespace:
     add("--repetition-penalty", type=float, default=1.0, help="above 1: fewer repetitions within an answer")
     add("--max-new-tokens", type=int, default=512, help="where an answer is cut")
     add("--seed", type=int, help="with a temperature: the same seed, the same answers")
-    add("--forget", action="store_true", help="leave out the oldest rounds, not their images, when the context is full")
+    add("--forget", action="store_true",
+        help="when the context is full, leave out the oldest rounds, but not their images")
     add("--verbose", action="store_true", help="after each answer: speed, and how full the context is")
     add("--quiet", action="store_true", help="print answers alone, and errors")
     add("--page", type=Path, help="at the end write the conversation as a page, FILE.html, that shows where the "
@@ -256,17 +298,6 @@ def read_options(description: str) -> argparse.Namespace:
         help="torch.compile for decoding: the first answers wait for it, later ones are faster; on a CPU the "
              "weights then take half as much memory again")
     options = parser.parse_args()
-    try:
-        options.sampling = Sampling(options.temperature, options.top_k, options.top_p, options.repetition_penalty)
-    except ValueError as error:
-        parser.error(str(error))
-    if options.question and not all(question.strip() for question in options.question):
-        parser.error("--question: an empty one; expected a question, or the name of an image and a question")
-    if options.keep and options.keep.exists() and not options.keep.is_dir():
-        parser.error(f"--keep {options.keep}: expected a folder, or a name for one")
-    if options.max_new_tokens < 1:
-        parser.error(f"--max-new-tokens {options.max_new_tokens}: expected 1 or more")
-    compiler = os.environ.get("CXX") or "g++"                   # torch.compile looks for it in this way
-    if options.compile and not torch.accelerator.is_available() and not shutil.which(compiler):
-        parser.error(f"--compile needs a C++ compiler: found no {compiler}; CXX can name another")
+    if wrong := what_is_wrong(options):
+        parser.error(wrong)
     return options

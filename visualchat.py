@@ -40,15 +40,13 @@ class Sampling:
     repetition_penalty: float = 1.0     # above 1: a token that the answer has already becomes less likely
 
     def __post_init__(self):
-        """Raises ValueError for what cannot be."""
-        for name, good, expected in (
-                ("temperature", 0 <= self.temperature < float("inf"), "a finite number, 0 or more"),
-                ("top_k", self.top_k >= 0, "0 or more"), ("top_p", 0 < self.top_p <= 1, "above 0, at most 1"),
-                ("repetition_penalty", 0 < self.repetition_penalty < float("inf"), "a finite number above 0")):
-            if not good:
-                raise ValueError(f"{name} {getattr(self, name)}: expected {expected}")
+        """Raises ValueError for numbers that cannot be."""
+        if not (0 <= self.temperature < float("inf") and self.top_k >= 0 and 0 < self.top_p <= 1
+                and 0 < self.repetition_penalty < float("inf")):
+            raise ValueError(f"{self}: expected finite numbers, temperature and top_k 0 or more, top_p above 0 "
+                             "and at most 1, repetition_penalty above 0")
         if (self.top_p < 1 or self.top_k) and not self.temperature:
-            raise ValueError("top_k and top_p do nothing without a temperature, such as 1")
+            raise ValueError(f"{self}: top_k and top_p do nothing without a temperature, such as 1")
 
 
 def choose(logits: Tensor, sampling: Sampling = Sampling(), said: list[Tensor] = ()) -> Tensor:
@@ -63,7 +61,7 @@ def choose(logits: Tensor, sampling: Sampling = Sampling(), said: list[Tensor] =
     scaled = (logits - logits.amax(-1, keepdim=True)) / sampling.temperature    # at most 0: none becomes infinite
     scaled, ids = scaled.sort(descending=True)
     chance = scaled[:, :sampling.top_k or None].softmax(-1)
-    chance = chance.masked_fill(chance.cumsum(-1) - chance >= sampling.top_p, 0)        # the first one always stays
+    chance = chance.masked_fill(chance.cumsum(-1) - chance >= sampling.top_p, 0)    # the first one always stays
     return ids.gather(-1, chance.multinomial(1))[:, 0]
 
 

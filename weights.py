@@ -20,6 +20,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from tqdm import tqdm
 
 HERE = Path(__file__).parent
 
@@ -110,7 +111,8 @@ def is_whole(folder: Path) -> bool:
     if not (folder / "config.json").exists():
         return False
     try:
-        if read_json(folder / "config.json").get("model_type") == "llama" and not (folder / "tokenizer.model").exists():
+        is_llama = read_json(folder / "config.json").get("model_type") == "llama"
+        if is_llama and not (folder / "tokenizer.model").exists():
             return False
         return bool((folder / "trained.safetensors").exists() or shards(folder, "transformer.visual.") or
                     shards(folder, ""))
@@ -265,7 +267,8 @@ def load_strictly(module: nn.Module, tensors: dict[str, Tensor], source: Path, d
     Without a dtype they keep the one of the file.
     """
     check_tensors(module.state_dict(), tensors, source)
-    placed = {name: t.to(device, dtype) for name, t in tensors.items()}
+    placed = {name: t.to(device, dtype) for name, t in tqdm(        # a bar where it takes longer than a second
+        tensors.items(), f"loading {source}", delay=1, leave=False, disable=None)}
     if len({t.data_ptr() for t in placed.values()}) < len(placed):      # Two names share values; one may train.
         placed = {name: t.clone() for name, t in placed.items()}
     for name, tensor in placed.items() if torch.device(device).type != "meta" else ():

@@ -344,7 +344,8 @@ def chat(options):
         for _ in range(5):
             conversation, seconds = Chat(model, tokenizer), []
             for i, file in enumerate(files[:8]):
-                whole = conversation.encoded([*conversation.rounds, Answered((file,), ("",), question)], waits=True)
+                whole = conversation.encoded([*conversation.rounds, Answered((file,), ("",), question)],
+                                             waits=True)
                 ids, kind = (torch.tensor([values], device=DEVICE) for values in (whole.ids, whole.kind))
                 seconds.append((first_token(partial(answer, conversation, file)),
                                 first_token(partial(again, ids, kind, files[:i + 1]))))

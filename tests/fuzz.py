@@ -466,9 +466,9 @@ def chat() -> Chat:
 
 def typed(folder: Path, names: list[str], rng: random.Random) -> str:
     """A line of files, commands, questions and noise."""
-    noise = ["/new", "/quit", "/help", "/undo", "/again", "/images", "/image", "/stats", "/load", "/save", "/x", "/",
-             "//", '"', "'", "`", "[", "(", "“", "@", "\\", "\\ ", "~", "~nobody/a.png", "\ud800", "\x1b[2J", "file://",
-             "image 7", "data:image/png;base64,A", "LICENSE", "./LICENSE",
+    noise = ["/new", "/quit", "/help", "/undo", "/again", "/images", "/image", "/stats", "/load", "/save", "/x",
+             "/", "//", '"', "'", "`", "[", "(", "“", "@", "\\", "\\ ", "~", "~nobody/a.png", "\ud800", "\x1b[2J",
+             "file://", "image 7", "data:image/png;base64,A", "LICENSE", "./LICENSE",
              "\0.png", "\u202e", "é.png", "a" * 300 + ".png", "/" * 5000, "http://a.org/a.png", "file:///a.png",
              ".png", "..", "### Image 9:", "### Question:", "</s>", "<s>", "<image>", "\t", "😀", "?", ".",
              "image 0", "image 99", "What color is it?", "Describe image 1.", "x" * 3000, "red " * 400,

@@ -19,11 +19,12 @@ from PIL import Image
 
 import chat as program
 from album import digest_of
-from chat import Chat, newest
+from chat import Chat
 from data import Round, encode_round
 from llama import Cache
 from mmca import IMAGE, TEXT
 from pixels import load_pixels
+from terminal import newest
 from visualchat import TRAINED, Sampling, save
 
 ROOT = Path(__file__).parent.parent
@@ -50,7 +51,7 @@ def embedded(chat, ids, kind, files):
 
 
 def from_scratch(chat):
-    """The last answer's tokens again and the one after them, from the whole history at once, encoded by data.py."""
+    """The last answer's tokens again and the one after, from the whole history at once, encoded by data.py."""
     history, shown = [], 0
     for one in chat.rounds:
         new = encode_round(Round(one.images, one.question), shown, not history, chat.tokenizer, 4)
@@ -262,7 +263,8 @@ def test_an_unreadable_image_leaves_the_conversation_as_it_was(chat, image_files
 
 def test_a_full_context_is_refused_and_leaves_the_conversation_as_it_was(chat, image_files):
     ask(chat, image_files[:1])
-    said, new = len(chat.encoded(chat.rounds).ids), len(encode_round(Round((), "?"), 1, False, chat.tokenizer, 4).ids)
+    said = len(chat.encoded(chat.rounds).ids)
+    new = len(encode_round(Round((), "?"), 1, False, chat.tokenizer, 4).ids)
     chat.model.llama.config = replace(chat.model.llama.config, max_position_embeddings=said + new)
     before = state(chat)
     with pytest.raises(ValueError, match=f"{said + new} positions .* {said + new} .*: /clear starts over"):
@@ -319,7 +321,8 @@ def test_the_newest_result_is_taken_or_the_one_that_comes_with_the_code(tmp_path
     assert newest(tmp_path) == tmp_path / "b" and not capsys.readouterr().out
 
 
-@pytest.mark.parametrize("value", [torch.nan, 0.0])             # huge weights end in zeros: x / rms(x) with rms infinite
+# Huge weights end in zeros: x / rms(x) with rms infinite.
+@pytest.mark.parametrize("value", [torch.nan, 0.0])
 def test_numbers_that_are_none_end_a_round_with_a_sentence_and_not_with_noise(chat, monkeypatch, value):
     monkeypatch.setattr(type(chat.model), "prefill", lambda *_, **__: torch.full((1, 9), value))
     with pytest.raises(ValueError, match="values that are no finite numbers, or all the same: are its"):

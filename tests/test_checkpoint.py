@@ -209,7 +209,8 @@ def test_one_run_at_a_time_writes_into_a_folder_and_a_crash_lets_the_next_one_in
 def test_a_folder_that_cannot_be_one_is_named_with_what_to_do(tmp_path):
     (tmp_path / "file").touch()
     for out in (tmp_path / "file", tmp_path / "file/x"):
-        with pytest.raises(OSError, match=f"{out} cannot be a folder for the result: .*. Take another --out"), only_run(out):
+        with (pytest.raises(OSError, match=f"{out} cannot be a folder for the result: .*. Take another --out"),
+              only_run(out)):
             pass
 
 
@@ -252,7 +253,8 @@ def test_what_cannot_be_written_names_its_folder(tmp_path):
 
 def test_a_full_disk_is_called_by_its_name(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=4096))
-    with pytest.raises(OSError, match=f"could not write into {tmp_path}: no space is left. Make room"), writing(tmp_path):
+    with (pytest.raises(OSError, match=f"could not write into {tmp_path}: no space is left. Make room"),
+          writing(tmp_path)):
         raise RuntimeError("unexpected pos 64 vs 0")
 
 

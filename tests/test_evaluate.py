@@ -47,8 +47,8 @@ def test_answers_are_those_of_chat_with_its_own_answers_in_the_history(model, to
     assert len({answer for answers in found.values() for answer in answers}) > 5
 
 
-def test_a_conversation_that_fills_the_context_is_held_alone_and_does_not_disturb_others(model, tokenizer, image_files,
-                                                                                        capsys):
+def test_a_conversation_that_fills_the_context_is_held_alone_and_does_not_disturb_others(model, tokenizer,
+                                                                                        image_files, capsys):
     model.llama.config = replace(model.llama.config, max_position_embeddings=90)
     short, (a, b) = [Round((image_files[0],), "?")], image_files[1:3]
     long = [Round((a,), "?"), *[Round((), "Is it?")] * 5, Round((b,) * 20, "Which?"), Round((), "What is it?")]
@@ -62,14 +62,16 @@ def test_a_file_as_the_release_has_it_becomes_conversations(folder):
     found = read_questions(folder / "questions.json", folder)
     assert found["cats 1"] == [Round((folder / "a.png",), "Describe the image."),
                                Round((folder / "sub/b.png",), "And this?"), Round((), "Which is red?")]
-    assert found["cats 2"][0].images == (folder / "a.png", folder / "sub/b.png") and found["no image"][0].images == ()
+    assert found["cats 2"][0].images == (folder / "a.png", folder / "sub/b.png")
+    assert found["no image"][0].images == ()
 
 
 @pytest.mark.parametrize("questions, said", [
     ({}, "holds no conversation"), ({"x": []}, "x: expected a list of"), ({"x": "a"}, "x: expected a list of"),
-    ({"x": [["Q?", "a.png", "b.png"]]}, "x: expected"), ({"x": [["Q?", 3]]}, "x: expected"), ({"x": [[" "]]}, "x: expected"),
-    ({"x": [["Q?", "none.png"]]}, "x: no image .*none.png"), ({"x": [["Q?", "../a.png"]]}, "lies outside"),
-    ({"x": [["Q?", "/etc/passwd"]]}, "lies outside"), ([], "holds a list")])
+    ({"x": [["Q?", "a.png", "b.png"]]}, "x: expected"), ({"x": [["Q?", 3]]}, "x: expected"),
+    ({"x": [[" "]]}, "x: expected"), ({"x": [["Q?", "none.png"]]}, "x: no image .*none.png"),
+    ({"x": [["Q?", "../a.png"]]}, "lies outside"), ({"x": [["Q?", "/etc/passwd"]]}, "lies outside"),
+    ([], "holds a list")])
 def test_what_is_not_as_expected_is_refused_with_the_file_and_the_conversation(folder, questions, said):
     (folder / "bad.json").write_text(json.dumps(questions))
     with pytest.raises((ValueError, FileNotFoundError), match=f"bad.json.*{said}"):
@@ -78,7 +80,8 @@ def test_what_is_not_as_expected_is_refused_with_the_file_and_the_conversation(f
 
 def test_the_table_has_a_line_per_round_and_a_column_per_model(folder):
     questions = read_questions(folder / "questions.json", folder)
-    answers = {model: [[f"{model}, {n}\n{i}" for i in range(len(rounds))] for n, rounds in enumerate(questions.values())]
+    answers = {model: [[f"{model}, {n}\n{i}" for i in range(len(rounds))]
+                       for n, rounds in enumerate(questions.values())]
                for model in ("out/a", "out/b")}
     write_answers(folder / "answers.csv", questions, folder, answers)
     rows = list(csv.reader(open(folder / "answers.csv", newline="")))
@@ -89,7 +92,8 @@ def test_the_table_has_a_line_per_round_and_a_column_per_model(folder):
     write_html(folder / "answers.html", questions, answers)
     page = (folder / "answers.html").read_text()
     assert html.escape("Say it again, <please>.") in page and "<please>" not in page
-    assert len(re.findall("<img src=\"data:image/webp", page)) == 4 and not re.search("(src|href)=\"(?!data:)", page)
+    assert len(re.findall("<img src=\"data:image/webp", page)) == 4
+    assert not re.search("(src|href)=\"(?!data:)", page)
 
 
 def test_after_a_kill_the_same_command_goes_on_and_the_table_is_complete(overfitted, config, folder):
@@ -116,7 +120,8 @@ def test_after_a_kill_the_same_command_goes_on_and_the_table_is_complete(overfit
         file.write('{"asked": "ab')                             # as a kill in the middle of a line leaves it
     printed = begin().communicate(timeout=120)[0]
     assert "240 questions in 120 conversations, 2 models" in printed and not partial.exists(), printed
-    assert len(kept) >= 20 and f"{sum(len(json.loads(line)['answers']) for line in kept[:-1])}/" not in printed[:20]
+    assert len(kept) >= 20
+    assert f"{sum(len(json.loads(line)['answers']) for line in kept[:-1])}/" not in printed[:20]
     rows = list(csv.DictReader(open(folder / "answers.csv", newline="")))
     assert len(rows) == 240 and all(row["answer out/a"] == row["answer out/b"] != "" for row in rows)
     assert (folder / "answers.html").exists()

@@ -1,4 +1,4 @@
-r"""Claims about names.py: which words of a line are images, however they are written, and which numbers are none."""
+r"""Claims about names.py: which words of a line are images, however written, and which numbers are none."""
 import re
 from pathlib import Path
 
@@ -46,7 +46,8 @@ def here(tmp_path, monkeypatch):
     ('"it\'s.png" Is it red?', ["it's.png"], "Is it red?"),
     # written like code or a link
     ("[a.png] Describe it.", ["a.png"], "Describe it."), ("`a.png` Describe it.", ["a.png"], "Describe it."),
-    ("<a.png> Describe it.", ["a.png"], "Describe it."), ("Describe “my cat.png”.", ["my cat.png"], "Describe image 3."),
+    ("<a.png> Describe it.", ["a.png"], "Describe it."),
+    ("Describe “my cat.png”.", ["my cat.png"], "Describe image 3."),
     ("@a.png Describe it.", ["a.png"], "Describe it."), ("Describe ('a.png').", ["a.png"], "Describe image 3."),
     # no suffix, or that of no image
     ("scan What is it?", ["scan"], "What is it?"), ("./scan What is it?", ["scan"], "What is it?"),
@@ -68,17 +69,19 @@ def test_a_line_is_images_and_a_question(here, line, files, question):
 
 
 @pytest.mark.parametrize("line", [
-    "What is c.png ?", '"c d.jpg"', "sub/c.PNG", "photo.heic Describe it.", "Is [none.webp] red?", "~/none What is it?",
-    "./none What is it?", "/none/there What is it?", "file:///none What is it?", "it\\ is.png ?", "x" * 5000 + ".png"])
+    "What is c.png ?", '"c d.jpg"', "sub/c.PNG", "photo.heic Describe it.", "Is [none.webp] red?",
+    "~/none What is it?", "./none What is it?", "/none/there What is it?", "file:///none What is it?",
+    "it\\ is.png ?", "x" * 5000 + ".png"])
 def test_what_looks_like_an_image_and_is_absent_is_an_error_that_names_it(here, line):
     with pytest.raises(FileNotFoundError, match="no image .*(c.png|c d.jpg|c.PNG|heic|webp|none|is.png|xxx.png)"):
         parse(line, first=1)
 
 
-@pytest.mark.parametrize("address", ["http://a.org/a.png", "https://a.org/image?id=3", "HTTPS://a.org", "ftp://a/b.jpg",
-                                     "data:image/png;base64,AAAA", "s3://bucket/a.png"])
+@pytest.mark.parametrize("address", ["http://a.org/a.png", "https://a.org/image?id=3", "HTTPS://a.org",
+                                     "ftp://a/b.jpg", "data:image/png;base64,AAAA", "s3://bucket/a.png"])
 def test_an_address_is_refused_with_a_sentence(here, address):
-    with pytest.raises(ValueError, match=f"{re.escape(address)} is an address, .* save the image, and name its file"):
+    with pytest.raises(ValueError,
+                       match=f"{re.escape(address)} is an address, .* save the image, and name its file"):
         parse(f"What is in {address} ?", first=1)
 
 

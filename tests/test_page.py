@@ -44,14 +44,15 @@ def test_looks_are_the_second_softmax_of_the_formula_at_the_position_that_makes_
     with torch.no_grad():
         pixels = torch.stack([load_pixels(file, 16) for file in chat.images])
         x = chat.model.embed(torch.tensor([encoded.ids]), kind, chat.model.image_tokens(pixels))
-        llama.attention = "written"                             # queries for all positions, in the order of the layout
+        llama.attention = "written"                             # queries for all positions, in the layout's order
         llama(x, kind)
     llama.watch, llama.attention = None, "mmca"
     answers = [t - 1 for t, label in enumerate(encoded.labels) if label >= 0]
     for number, (q, k, layout) in seen.items():
         at = torch.empty(len(encoded.ids), dtype=torch.long)
         at[layout.index] = torch.arange(len(layout.index))
-        q, k = q[at].transpose(0, 1), k[at].transpose(0, 1).repeat_interleave(2, dim=0)         # 4 heads, 2 of keys
+        # 4 heads of queries, 2 of keys
+        q, k = q[at].transpose(0, 1), k[at].transpose(0, 1).repeat_interleave(2, dim=0)
         whole = masked_softmax(q @ k.mT * q.shape[-1] ** -0.5, matrix(kind)[0] == 2).mean(0)    # (S, S)
         expected = whole[answers][:, kind[0] != TEXT].unflatten(1, (3, 4))
         torch.testing.assert_close(looks.tokens[number], expected, atol=1e-5, rtol=0)
@@ -88,7 +89,8 @@ def test_without_an_image_or_without_mmca_there_is_nothing_to_show(chat, model):
 def test_words_join_to_the_answer_and_share_its_tokens_among_them(tokenizer, text):
     ids = tokenizer.encode(text)
     words = words_of(ids, tokenizer)
-    assert "".join(word for word, _ in words) == text and sum((places for _, places in words), []) == [*range(len(ids))]
+    assert "".join(word for word, _ in words) == text
+    assert sum((places for _, places in words), []) == [*range(len(ids))]
     assert len(words) == len(text.split())
 
 
@@ -107,7 +109,8 @@ def test_a_heat_map_is_drawn_beside_each_image(chat, tmp_path):
 def test_an_image_in_a_page_has_nothing_but_its_pixels(tmp_path):
     about = PngInfo()
     about.add_text("Author", "somebody")
-    Image.new("RGB", (600, 300), "red").save(tmp_path / "a.png", pnginfo=about, exif=b"Exif\0\0MM\0*\0\0\0\x08\0\0")
+    Image.new("RGB", (600, 300), "red").save(tmp_path / "a.png", pnginfo=about,
+                                             exif=b"Exif\0\0MM\0*\0\0\0\x08\0\0")
     head, _, content = image_url(tmp_path / "a.png").partition(",")
     content = base64.b64decode(content)
     assert head == "data:image/webp;base64" and b"somebody" not in content and b"EXIF" not in content
@@ -125,7 +128,7 @@ def test_texts_and_names_are_escaped_and_nothing_comes_from_elsewhere(chat, imag
     layers, words, images, n = data["shape"]
     assert (layers, images, n) == (3, 4, 4) and words == page.count('class="word"') > 0
     looks = word_looks(chat, looks_of(chat.model, chat.encoded(chat.rounds)))
-    expected = torch.stack([look for one in looks for _, look in one], dim=1).sum(-1)          # (layers, words, images)
+    expected = torch.stack([look for one in looks for _, look in one], dim=1).sum(-1)   # (layers, words, images)
     found = torch.tensor(data["shares"]).view(layers, words, images)
     torch.testing.assert_close(found[1:], expected, atol=1e-4, rtol=0)
     torch.testing.assert_close(found[0], expected.mean(0), atol=1e-4, rtol=0)
@@ -140,8 +143,8 @@ class Browser:
         theirs, self.to = os.pipe()
         self.back, ours = os.pipe()
         command = (f'exec "$0" --headless --no-sandbox --disable-gpu --disable-quic --no-first-run '
-                   f"--disable-background-networking --disable-component-update --disable-sync --remote-debugging-pipe "
-                   f'--user-data-dir="$1" about:blank 3<&{theirs} 4>&{ours}')
+                   f"--disable-background-networking --disable-component-update --disable-sync "
+                   f'--remote-debugging-pipe --user-data-dir="$1" about:blank 3<&{theirs} 4>&{ours}')
         self.process = subprocess.Popen(["bash", "-c", command, BROWSER, str(folder)], pass_fds=(theirs, ours),
                                         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         os.close(theirs)
@@ -162,7 +165,8 @@ class Browser:
 
     def call(self, method: str, **params) -> dict:
         number, session = next(self.numbers), {"sessionId": self.session} if self.session else {}
-        os.write(self.to, json.dumps({"id": number, "method": method, "params": params} | session).encode() + b"\0")
+        sent = {"id": number, "method": method, "params": params} | session
+        os.write(self.to, json.dumps(sent).encode() + b"\0")
         while (message := self.read()).get("id") != number:
             self.events.append(message)
         assert "error" not in message, message
@@ -216,7 +220,8 @@ def test_in_a_browser_hovering_and_focusing_a_word_show_where_it_looked(browser,
     for key in ("Tab", "Tab", "Tab", "ArrowRight"):             # from the list of layers to the first words
         browser.press(key)
         maps.append(browser.maps())
-    layer = 'document.getElementById("layer").value = 2; document.getElementById("layer").dispatchEvent(new Event("change"))'
+    layer = ('document.getElementById("layer").value = 2; '
+             'document.getElementById("layer").dispatchEvent(new Event("change"))')
     browser.run(layer)
     maps.append(browser.maps())
     assert all(len(each) == 2 for each in maps)

@@ -18,7 +18,7 @@ import pytest
 
 from album import Album
 from chat import Chat
-from terminal import COMMANDS, Terminal, completions, converse
+from terminal import COMMANDS, Terminal, completions, converse, figures
 from training import ROOT
 
 SHIPPED = ROOT / "weights/tiny/chat"
@@ -91,14 +91,14 @@ def test_no_name_and_no_answer_commands_the_terminal(chat, image_files, tmp_path
     assert not {"\x1b", "\x07", "\x9b"} & set(out)
 
 
-def test_an_image_that_was_shown_is_called_by_its_number_whatever_its_name(chat, image_files, tmp_path, monkeypatch,
-                                                                          capsys):
+def test_an_image_that_was_shown_is_called_by_its_number_whatever_its_name(chat, image_files, tmp_path,
+                                                                          monkeypatch, capsys):
     shutil.copy(image_files[0], tmp_path / "copy.png")
     lines_to(Terminal(chat), monkeypatch, f"{image_files[0]} {image_files[1]} What is it?",
              f"{tmp_path}/copy.png What is it?", image_files[1])
     assert [one.question for one in chat.rounds] == ["What is it?", "image 1: What is it?"]
     assert chat.images == image_files[:2]
-    assert capsys.readouterr().out.count(f"image 2: {image_files[1]}") == 2         # when it joined, and when asked
+    assert capsys.readouterr().out.count(f"image 2: {image_files[1]}") == 2         # when it joined and when asked
 
 
 def test_a_question_about_no_image_and_a_cut_answer_are_noted(chat, image_files, monkeypatch, capsys):
@@ -109,8 +109,8 @@ def test_a_question_about_no_image_and_a_cut_answer_are_noted(chat, image_files,
 
 
 def test_quiet_prints_answers_alone_and_errors_on_stderr(chat, image_files, monkeypatch, capsys):
-    lines_to(Terminal(chat, quiet=True, verbose=True), monkeypatch, f"{image_files[0]} What is in image 9?", "/images",
-             "none.png", "/help")
+    lines_to(Terminal(chat, quiet=True, verbose=True), monkeypatch, f"{image_files[0]} What is in image 9?",
+             "/images", "none.png", "/help")
     out, err = capsys.readouterr()
     assert out == chat.answer_of(chat.rounds[0]) + "\n" and err == "no image none.png\n"
 
@@ -132,7 +132,7 @@ def test_commands_do_what_help_says(chat, image_files, tmp_path, monkeypatch, ca
     assert follow("/images") == f"image 1: {a}\nimage 2: {b}\n"
     first = chat.answer_of(chat.rounds[0])
     assert follow("/again").startswith(first) and len(chat.rounds) == 1 and chat.images == [a, b]
-    assert follow("/stats") == f"{chat.figures()}\n" and re.match(r"first token after \d+\.\d\d s", said[-1])
+    assert follow("/stats") == f"{figures(chat)}\n" and re.match(r"first token after \d+\.\d\d s", said[-1])
     follow("And now?")
     assert follow("/undo") == "taken back: And now?\n" and len(chat.rounds) == 1
     assert follow(f"/save {tmp_path}/talk.json") == f"saved: {tmp_path}/talk.json\n"
@@ -150,12 +150,14 @@ def test_commands_do_what_help_says(chat, image_files, tmp_path, monkeypatch, ca
 
 
 @pytest.mark.parametrize("line, said", [
-    ("/colour", "there is no command /colour; there are /image /images /undo"), ("/save", "ends in .json or .html, found"),
-    ("/save talk.txt", "found talk.txt"), ("/load none.json", "no file none.json"), ("/load a.html", "ends in .json"),
+    ("/colour", "there is no command /colour; there are /image /images /undo"),
+    ("/save", "ends in .json or .html, found"), ("/save talk.txt", "found talk.txt"),
+    ("/load none.json", "no file none.json"), ("/load a.html", "ends in .json"),
     ("/undo", "no round to take back"), ("/again", "no round to take back"), ("/image", "no image is named"),
     ("/image none.png", "no image none.png"), ("/image red", "no image red"),
     ("/save /none/there/talk.json", "/none/there/talk.json"), ("/save page.html", "nothing to show")])
-def test_a_command_that_cannot_be_followed_says_so_and_changes_nothing(chat, monkeypatch, capsys, tmp_path, line, said):
+def test_a_command_that_cannot_be_followed_says_so_and_changes_nothing(chat, monkeypatch, capsys, tmp_path,
+                                                                       line, said):
     monkeypatch.chdir(tmp_path)
     assert not lines_to(Terminal(chat), monkeypatch, line)
     assert said in capsys.readouterr().err and chat.rounds == [] and not list(tmp_path.iterdir())
@@ -180,10 +182,12 @@ class Session:
 
     def __init__(self, folder: Path, *options: str):
         self.folder, (self.fd, theirs) = folder, pty.openpty()
-        environment = os.environ | {"TERM": "xterm", "XDG_STATE_HOME": str(folder / "state"), "OMP_NUM_THREADS": "1"}
+        environment = os.environ | {"TERM": "xterm", "XDG_STATE_HOME": str(folder / "state"),
+                                    "OMP_NUM_THREADS": "1"}
         self.process = subprocess.Popen([sys.executable, str(ROOT / "chat.py"), "--model", str(SHIPPED), *options],
                                         cwd=folder, stdin=theirs, stdout=theirs, stderr=theirs, env=environment,
-                                        start_new_session=True, preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0))
+                                        start_new_session=True,
+                                        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0))
         os.close(theirs)
         self.printed = ""
 
@@ -269,6 +273,6 @@ def test_lines_of_earlier_starts_can_be_recalled(folder):
 
 def test_a_reader_that_ends_first_is_no_error(folder):
     command = f"{sys.executable} {ROOT}/chat.py --model {SHIPPED} a.png --question 'Describe image 1.' "
-    done = subprocess.run(["bash", "-c", f"{command * 2} 2>&1 >/dev/full | true; {command} | head -n 1"], cwd=folder,
-                          capture_output=True, text=True, timeout=120)
+    done = subprocess.run(["bash", "-c", f"{command * 2} 2>&1 >/dev/full | true; {command} | head -n 1"],
+                          cwd=folder, capture_output=True, text=True, timeout=120)
     assert done.stderr == "" and done.stdout.startswith(f"{SHIPPED}: LLaMA-2 tiny")

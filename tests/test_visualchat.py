@@ -14,8 +14,8 @@ from data import Round, collate, encode, to_tensors
 from llama import Cache, Tokenizer
 from mmca import IMAGE, TEXT
 from pixels import normalized
-from visualchat import (Sampling, CONFIG, IGNORE, TEMPLATE, TRAINED, ModelConfig, build, choose, load, readable, save,
-                        towers, whole_answers)
+from visualchat import (CONFIG, IGNORE, TEMPLATE, TRAINED, ModelConfig, Sampling, build, choose, load, readable,
+                        save, towers, whole_answers)
 
 NAMES = {"projection.weight", "projection.bias", "llama.embed_tokens.weight"}
 
@@ -287,22 +287,28 @@ def test_sampling_draws_from_the_likeliest_tokens_by_their_chances():
     torch.manual_seed(0)
     logits = torch.tensor([0.5, 0.1, 0.3, 0.1]).log().expand(20_000, 4)
     for sampling, expected in ((Sampling(), [1, 0, 0, 0]), (Sampling(1), [.5, .1, .3, .1]),
-                               (Sampling(1, top_p=.6), [.625, 0, .375, 0]), (Sampling(1, top_k=2), [.625, 0, .375, 0]),
-                               (Sampling(1, top_k=2, top_p=.6), [1, 0, 0, 0]), (Sampling(1, top_k=9), [.5, .1, .3, .1]),
-                               (Sampling(.5), [25 / 36, 1 / 36, 9 / 36, 1 / 36]), (Sampling(1, top_p=.001), [1, 0, 0, 0]),
-                               (Sampling(1e-45), [1, 0, 0, 0]), (Sampling(1e-320), [1, 0, 0, 0])):
+                               (Sampling(1, top_p=.6), [.625, 0, .375, 0]),
+                               (Sampling(1, top_k=2), [.625, 0, .375, 0]),
+                               (Sampling(1, top_k=2, top_p=.6), [1, 0, 0, 0]),
+                               (Sampling(1, top_k=9), [.5, .1, .3, .1]),
+                               (Sampling(.5), [25 / 36, 1 / 36, 9 / 36, 1 / 36]),
+                               (Sampling(1, top_p=.001), [1, 0, 0, 0]), (Sampling(1e-45), [1, 0, 0, 0]),
+                               (Sampling(1e-320), [1, 0, 0, 0])):
         share = choose(logits, sampling).bincount(minlength=4) / len(logits)
         assert share.tolist() == pytest.approx(expected, abs=0.015)
 
 
 def test_a_penalty_makes_what_was_said_less_likely_whatever_its_sign():
-    logits, said = torch.tensor([[3.0, 2.0, -1.0], [-0.5, -0.6, -2.0]]), [torch.tensor([0, 0]), torch.tensor([0, 2])]
+    logits = torch.tensor([[3.0, 2.0, -1.0], [-0.5, -0.6, -2.0]])
+    said = [torch.tensor([0, 0]), torch.tensor([0, 2])]
     assert choose(logits, Sampling(), said).tolist() == [0, 0]
-    assert choose(logits, Sampling(repetition_penalty=2.0), said).tolist() == [1, 1]        # 3 / 2 < 2, -0.5 · 2 < -0.6
+    # 3 / 2 < 2, -0.5 · 2 < -0.6
+    assert choose(logits, Sampling(repetition_penalty=2.0), said).tolist() == [1, 1]
 
 
-@pytest.mark.parametrize("given", [dict(temperature=-1.0), dict(temperature=torch.inf), dict(top_k=-1), dict(top_p=0.0),
-                                   dict(top_p=1.1), dict(repetition_penalty=0.0), dict(top_k=5), dict(top_p=0.5)])
+@pytest.mark.parametrize("given", [dict(temperature=-1.0), dict(temperature=torch.inf), dict(top_k=-1),
+                                   dict(top_p=0.0), dict(top_p=1.1), dict(repetition_penalty=0.0),
+                                   dict(top_k=5), dict(top_p=0.5)])
 def test_a_way_of_sampling_that_cannot_be_is_refused(given):
     with pytest.raises(ValueError, match=f"{next(iter(given))}.*(expected|without a temperature)"):
         Sampling(**given)

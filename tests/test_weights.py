@@ -109,7 +109,8 @@ class Greedy:
 
 def test_a_pickle_cannot_ask_for_memory(tmp_path):
     torch.save({"lm_head.weight": Greedy()}, tmp_path / "pytorch_model.bin")
-    with pytest.raises(ValueError, match="model.bin is damaged, or holds other things than .* it names .*bytearray"):
+    with pytest.raises(ValueError,
+                       match="model.bin is damaged, or holds other things than .* it names .*bytearray"):
         read_file(tmp_path / "pytorch_model.bin")
 
 

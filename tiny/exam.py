@@ -21,11 +21,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from chat import newest
 from data import Round
 from evaluate import hold_conversations, of_equal_length
 from llama import Tokenizer
 from sources import COCO, DIALOGUE, Reader, llava
+from terminal import newest
 from tiny.wording import BESIDE, REFUSALS
 from tiny.world import DATA, ensure_tests
 from visualchat import VisualChat, load, towers
@@ -75,7 +75,8 @@ def run_exam(model: VisualChat, tokenizer: Tokenizer, data: Path) -> list[Marked
     marked = []
     for name, test in [*((folder.name, read_test(folder)) for folder in ensure_tests(data)),
                        ("people", read_people())]:
-        for part in tqdm(list(of_equal_length([rounds for rounds, _ in test], AT_ONCE)), f"exam, {name}", leave=False):
+        parts = list(of_equal_length([rounds for rounds, _ in test], AT_ONCE))
+        for part in tqdm(parts, f"exam, {name}", leave=False):
             conversations = [test[i][0] for i in part]
             seeing = hold_conversations(model, tokenizer, conversations, MAX_ANSWER)
             blind = (hold_conversations(model, tokenizer, conversations, MAX_ANSWER, gray) if name in BLIND
