@@ -239,15 +239,18 @@ def write_page(chat, path: Path):
     """Write the conversation as one HTML file that needs nothing else; raises as `looks_of` does, and OSError."""
     looks = looks_of(chat.model, chat.encoded(chat.rounds))
     n_images, n_tokens, n_patches = looks.patches.shape
-    rounds, weights = [], []
+    rounds, weights, n_shown = [], [], 0
     for one, words in zip(chat.rounds, word_looks(chat, looks)):
         spans = []
         for text, look in words:
-            spans.append(f'<span class="word" tabindex="0" data-word="{len(weights)}">{html.escape(text)}'
-                         '</span>')
+            word = html.escape(text.lstrip())
+            spans.append(f'{text[:len(text) - len(text.lstrip())]}<span class="word" tabindex="0" '
+                         f'data-word="{len(weights)}">{word}</span>')
             weights.append(look)
-        rounds.append(f'<p class="question">{html.escape(one.question)}</p>\n'
-                      f'<p class="answer">{"".join(spans)}</p>')
+        n_shown, n_new = n_shown + len(one.images), len(one.images)
+        shown = ", ".join(f"image {n}" for n in range(n_shown - n_new + 1, n_shown + 1))
+        rounds.append(f'<p class="question">{shown and f"<small>[{shown}]</small> "}{html.escape(one.question)}</p>'
+                      f'\n<p class="answer">{"".join(spans)}</p>')
     side = round(n_patches ** 0.5)
     figures = [f'<figure><div class="frame"><img src="{image_url(file)}" alt="image {number}">'
                f'<canvas width="{side}" height="{side}"></canvas></div><figcaption>image {number}: '

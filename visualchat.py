@@ -218,11 +218,12 @@ def load_trained(model: VisualChat, tensors: dict[str, Tensor], source: Path):
         check_numbers(name, parameter, source)
 
 
-def load(folder: Path, dtype=torch.float32, device="cpu") -> tuple[VisualChat, ModelConfig]:
+def load(folder: Path | str, dtype=torch.float32, device="cpu") -> tuple[VisualChat, ModelConfig]:
     """The model as it was saved: towers from their own folders, the trained tensors from this one.
 
     Raises FileNotFoundError for absent files and ValueError where names or shapes differ from what is trained.
     """
+    folder = Path(folder)
     for name in (TRAINED, CONFIG):
         if not (folder / name).exists():
             raise FileNotFoundError(f"no {folder / name}: not the folder of a training result, or its first epoch "

@@ -6,8 +6,10 @@ import json
 import os
 import random
 import re
+import signal
 import subprocess
 import sys
+import time
 from collections import Counter
 from dataclasses import replace
 from itertools import islice
@@ -436,3 +438,29 @@ def test_a_torch_that_knows_gpus_runs_where_there_is_none(overfitted, config, tm
     monkeypatch.setattr(sys, "argv", ["chat.py", "--model", str(tmp_path / "run"), "--question", "What is it?"])
     program.main()
     assert "on cpu" in capsys.readouterr().out
+
+
+def test_the_lines_of_python_in_readme_answer():
+    code = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("A big red circle at the left.\n", "")
+
+
+def test_interrupting_the_program_while_it_loads_prints_no_traceback(tmp_path):
+    run = subprocess.Popen([sys.executable, str(ROOT / "chat.py"), "--model", str(ROOT / "weights/tiny/chat")],
+                           stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    time.sleep(1)                                               # It still imports.
+    run.send_signal(signal.SIGINT)
+    assert "Traceback" not in run.communicate(timeout=60)[0] and run.returncode in (-signal.SIGINT, 130)
+
+
+def test_a_full_disk_with_keep_ends_no_conversation(overfitted, config, image_files, tmp_path, monkeypatch, capsys):
+    save(tmp_path / "run", {name: p for name, p in overfitted[2].named_parameters() if p.requires_grad}, config)
+
+    def full(*_):
+        raise OSError("could not write kept: no space left")
+
+    monkeypatch.setattr(program.Album, "save", full)
+    run_program(monkeypatch, tmp_path / "run", "--question", "What is it?", "--keep", str(tmp_path / "kept"))
+    out, err = capsys.readouterr()
+    assert out.count("Question 1.") == 1 and err.count("note: could not write kept: no space left") == 1
