@@ -1,4 +1,4 @@
-"""How do images reach the trainer, and nothing hangs? Worker processes that open them, and what becomes of their ends.
+"""How do images reach the trainer, and nothing hangs? Worker processes open them, and one that fails is noticed.
 
     Conversations ─► workers open images and pack ─► memory that processes share ─► batches of a step
 

@@ -249,8 +249,9 @@ def write_page(chat, path: Path):
             weights.append(look)
         n_shown, n_new = n_shown + len(one.images), len(one.images)
         shown = ", ".join(f"image {n}" for n in range(n_shown - n_new + 1, n_shown + 1))
-        rounds.append(f'<p class="question">{shown and f"<small>[{shown}]</small> "}{html.escape(one.question)}</p>'
-                      f'\n<p class="answer">{"".join(spans)}</p>')
+        shown = shown and f"<small>[{shown}]</small> "
+        rounds.append(f'<p class="question">{shown}{html.escape(one.question)}</p>\n'
+                      f'<p class="answer">{"".join(spans)}</p>')
     side = round(n_patches ** 0.5)
     figures = [f'<figure><div class="frame"><img src="{image_url(file)}" alt="image {number}">'
                f'<canvas width="{side}" height="{side}"></canvas></div><figcaption>image {number}: '

@@ -316,10 +316,10 @@ def test_the_same_seed_draws_the_same_answers(chat):
 def test_the_newest_result_is_taken_or_the_one_that_comes_with_the_code(tmp_path, capsys):
     assert newest(tmp_path).absolute() == ROOT / "weights/tiny/chat"
     assert f"{tmp_path}/ holds no training result, so this is the tiny one" in capsys.readouterr().out
-    for name, time in (("a", 1e9), ("b", 3e9), ("c", 2e9)):
+    for name, moment in (("a", 1e9), ("b", 3e9), ("c", 2e9)):
         (tmp_path / name).mkdir()
         (tmp_path / name / TRAINED).touch()
-        os.utime(tmp_path / name / TRAINED, (time, time))
+        os.utime(tmp_path / name / TRAINED, (moment, moment))
     assert newest(tmp_path) == tmp_path / "b" and not capsys.readouterr().out
 
 
@@ -447,14 +447,15 @@ def test_the_lines_of_python_in_readme_answer():
 
 
 def test_interrupting_the_program_while_it_loads_prints_no_traceback(tmp_path):
-    run = subprocess.Popen([sys.executable, str(ROOT / "chat.py"), "--model", str(ROOT / "weights/tiny/chat")],
-                           stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    command = [sys.executable, str(ROOT / "chat.py"), "--model", str(ROOT / "weights/tiny/chat")]
+    run = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                           text=True)
     time.sleep(1)                                               # It still imports.
     run.send_signal(signal.SIGINT)
     assert "Traceback" not in run.communicate(timeout=60)[0] and run.returncode in (-signal.SIGINT, 130)
 
 
-def test_a_full_disk_with_keep_ends_no_conversation(overfitted, config, image_files, tmp_path, monkeypatch, capsys):
+def test_a_full_disk_with_keep_ends_no_conversation(overfitted, config, tmp_path, monkeypatch, capsys):
     save(tmp_path / "run", {name: p for name, p in overfitted[2].named_parameters() if p.requires_grad}, config)
 
     def full(*_):

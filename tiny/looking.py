@@ -26,7 +26,7 @@ from tiny.wording import ATTRIBUTES, Ask, Wording
 from tiny.world import SEEN, draw_scene, random_scene
 from weights import replacing
 
-TOPICS = ("color", "shape", "place")
+ASKED = ("color", "shape", "place")
 IMAGES, QUESTIONS = 3, 4                    # of a conversation
 
 
@@ -49,7 +49,7 @@ def measured(chat: Chat, n: int, seed: int) -> Iterator[tuple[str, Tensor, Tenso
         images, asked = [draw_scene(scene, rng) for scene in scenes], []
         chat.clear()
         for i in range(QUESTIONS):
-            topic, image = rng.choice(TOPICS), rng.randrange(IMAGES)
+            topic, image = rng.choice(ASKED), rng.randrange(IMAGES)
             question = Wording(plain=True).question(Ask(topic, (image,)), [f"image {image + 1}"], False, rng)
             answer = chat.ask(question, *(images if i == 0 else ()))
             asked.append((topic, image, answer == scenes[image][list(ATTRIBUTES).index(topic)]))
@@ -95,13 +95,14 @@ def main():
     try:
         chat = Chat.open(options.model or newest(Path("out")))
         found = list(tqdm(measured(chat, options.questions, options.seed), total=options.questions, leave=False))
-        topics = {topic: [one for one in found if one[0] == topic] for topic in TOPICS}
+        topics = {topic: [one for one in found if one[0] == topic] for topic in ASKED}
         layers, boxes = range(1, len(found[0][1]) + 1), {}
         print("percent of attention     words  " + "".join(f"layer {layer}  " for layer in layers) + "if equal")
         for topic, ones in topics.items():
             share, box = (torch.stack([one[i] for one in ones]).mean(0).tolist() for i in (1, 2))
             boxes[topic] = [sum(one[3] for one in ones) / len(ones), *box]
-            for what, values, equal in (("image asked about", share, 1 / IMAGES), ("box in it", box, boxes[topic][0])):
+            for what, values, equal in (("image asked about", share, 1 / IMAGES),
+                                        ("box in it", box, boxes[topic][0])):
                 print(f"{topic:<6} {what:<18}{len(ones):>5}  " + "".join(f"{100 * x:>7.1f}  " for x in values)
                       + f"{100 * equal:>8.1f}")
         if options.draw:
