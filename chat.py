@@ -301,7 +301,8 @@ def main():
         terminal.show([as_path(name) for name in options.images])
         for line in options.question or ():
             terminal.say(f"> {line}")
-            terminal.follow(line)
+            if not terminal.follow(line):
+                break
         if not options.question:
             sys.stdin.reconfigure(errors="surrogateescape")     # nor does every file hold only such
             good = converse(terminal) or sys.stdin.isatty()

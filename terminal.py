@@ -40,6 +40,7 @@ def newest(folder: Path, say: Callable[[str], None] = print) -> Path:
     say(f"{folder}/ holds no training result, so this is the tiny one that comes with the code")
     return find_weights("tiny/chat")
 
+
 def figures(chat) -> str:
     """How long the last answer took, and how much of the context is used."""
     used = f"{len(chat.encoded(chat.rounds).ids):,} of {chat.limit:,} positions used"
@@ -81,13 +82,9 @@ class Terminal:
     def ask(self, question: str, *images: ImageFile):
         """Print the answer, and notes on what a person should know about it."""
         n_before = len(self.chat.rounds)
-        try:
-            for piece in self.chat.stream(question, *images):
-                print(printable(piece), end="", flush=True)
-            print()
-        finally:
-            if self.chat.rounds[n_before:]:
-                self.waiting = []                               # they joined, however the round ended
+        for piece in self.chat.stream(question, *images):
+            print(printable(piece), end="", flush=True)
+        print()
         if len(self.chat.rounds) <= n_before:
             self.say(f"note: the context was full, so the oldest rounds are left out; all "
                      f"{len(self.chat.images)} images are still shown")
@@ -101,6 +98,19 @@ class Terminal:
         if self.verbose:
             self.say(f"note: {figures(self.chat)}")
 
+    def last(self):
+        """The last round, or None."""
+        return self.chat.rounds[-1] if self.chat.rounds else None
+
+    def ask_with_waiting(self, question: str):
+        """Ask with the images that wait; they wait no longer if the round began, however it ended."""
+        before = self.last()
+        try:
+            self.ask(question, *self.waiting)
+        finally:
+            if self.last() is not before:
+                self.waiting = []
+
     # The commands; each gets what stands behind it in the line.
 
     def image(self, rest: str):
@@ -108,6 +118,8 @@ class Terminal:
         if other or not rest:
             raise FileNotFoundError(f"no image {other or 'is named'}: expected /image FILE")
         self.show(files)
+        if not files:
+            self.images("")                                     # They were shown already.
 
     def images(self, rest: str):
         shown = [*self.chat.images, *self.waiting]
@@ -122,8 +134,15 @@ class Terminal:
             self.say(f"taken back: {self.chat.undo().question}")
 
     def again(self, rest: str):
-        last = self.chat.undo()
-        self.ask(last.question, *last.images)
+        for file in self.chat.rounds[-1].images if self.chat.rounds else ():
+            read_image(file)                                    # else the round could not be asked again
+        taken = self.chat.undo()
+        before = self.last()
+        try:
+            self.ask(taken.question, *taken.images)
+        finally:
+            if self.last() is before:                           # The round did not begin: put the old one back.
+                self.chat.rounds.append(taken)
 
     def clear(self, rest: str):
         self.chat.clear()
@@ -158,7 +177,7 @@ class Terminal:
         method = next((names[0][1:] for names in COMMANDS if name in names), None)
         if method:
             getattr(self, method)(rest.strip())
-        elif word.startswith("/") and "/" not in word[1:] and not Path(word).suffix and not os.path.exists(word):
+        elif word.startswith("/") and "/" not in word[1:] and not Path(word).suffix and not os.path.isfile(word):
             raise ValueError(f"there is no command {word}; there are "
                              f"{' '.join(name for names in COMMANDS for name in names)}")
         elif word:
@@ -166,7 +185,7 @@ class Terminal:
             files, question = parse(line, first, self.number_of)
             self.show(files)
             if question:
-                self.ask(question, *self.waiting)
+                self.ask_with_waiting(question)
             elif not files:
                 self.images("")                                 # only images that were shown already
         return True

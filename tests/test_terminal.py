@@ -12,6 +12,7 @@ import subprocess
 import sys
 import termios
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -62,8 +63,9 @@ def test_an_image_joins_once_even_if_it_cannot_be_kept(chat, image_files, monkey
         raise OSError("no space left")
 
     monkeypatch.setattr(Album, "save", full)
-    lines_to(Terminal(chat), monkeypatch, f"{image_files[0]} What is it?", "And now?")
-    assert "no space left" in capsys.readouterr().err and chat.images == image_files[:1] and len(chat.rounds) == 2
+    with pytest.warns(UserWarning, match="no space left"):
+        assert lines_to(Terminal(chat), monkeypatch, f"{image_files[0]} What is it?", "And now?")
+    assert chat.images == image_files[:1] and len(chat.rounds) == 2
 
 
 def test_a_waiting_image_that_is_gone_spoils_one_line_alone(chat, image_files, tmp_path, monkeypatch, capsys):
@@ -113,6 +115,30 @@ def test_quiet_prints_answers_alone_and_errors_on_stderr(chat, image_files, monk
              "/images", "none.png", "/help")
     out, err = capsys.readouterr()
     assert out == chat.answer_of(chat.rounds[0]) + "\n" and err == "no image none.png\n"
+
+
+def test_images_join_once_where_the_oldest_rounds_are_left_out(chat, image_files, monkeypatch, capsys):
+    terminal, chat.forgets = Terminal(chat), True
+    for _ in range(4):
+        terminal.follow("What is it?")
+    chat.model.llama.config = replace(chat.model.llama.config,
+                                      max_position_embeddings=len(chat.encoded(chat.rounds).ids) + 5)
+    lines_to(terminal, monkeypatch, image_files[0], "Which is it?", "And now?")
+    assert "note: the context was full, so the oldest rounds are left out; all 1 images" in capsys.readouterr().out
+    assert chat.images == image_files[:1] and terminal.waiting == []
+
+
+def test_a_round_that_cannot_be_answered_again_stays_and_waiting_images_wait(chat, image_files, tmp_path,
+                                                                            monkeypatch, capsys):
+    shutil.copy(image_files[0], gone := tmp_path / "gone.png")
+    terminal = Terminal(chat)
+    lines_to(terminal, monkeypatch, f"{gone} What is it?", image_files[1])
+    said, _ = chat.answer_of(chat.rounds[0]), gone.unlink()
+    lines_to(terminal, monkeypatch, "/again")
+    assert f"no image {gone}" in capsys.readouterr().err and terminal.waiting == image_files[1:2]
+    assert [chat.answer_of(one) for one in chat.rounds] == [said]
+    lines_to(terminal, monkeypatch, "And now?", "/again")      # the image that is gone is in the cache
+    assert [one.images for one in chat.rounds] == [(gone,), (image_files[1],)] and terminal.waiting == []
 
 
 # ---- commands ----
