@@ -4,18 +4,14 @@
     Chat.open("out/tiny").ask("Describe image 1.", "a.png")       from Python
 
 A round costs only its own tokens, because a cache keeps the keys and values of earlier ones. Needs no deepspeed.
-Before: visualchat.py, data.py. Side rooms: terminal.py (what becomes of a line), names.py (which images it names),
+Before: visualchat.py, data.py. Side rooms: terminal.py (what becomes of a line), names.py (which images it names), saved.py,
 album.py (images that were shown before), decode.py (--compile), page.py (where the model looked).
 """
-import base64
-import binascii
-import json
 import signal
 import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -25,31 +21,20 @@ import torch
 from torch import Tensor
 
 from album import Album, digest_of, fingerprint
-from data import Encoded, ImageFile, Round, encode_round
+from data import Answered, Encoded, ImageFile, Round, encode_round
 from decode import compile_step
 from llama import Cache, Tokenizer
 from mmca import IMAGE
-from names import InMemory, as_file, as_path
+from names import as_file, as_path, image_file
 from page import draw_heatmap, write_page
 from pixels import load_pixels
 from terminal import Terminal, converse, newest, read_options
-from visualchat import Sampling, VisualChat, load, towers
-from weights import printable, read_json, replacing
+from visualchat import Sampling, VisualChat, towers
+from visualchat import load as load_model
+from weights import printable
 
 
 # ---- a conversation ----
-
-@dataclass
-class Answered:
-    """A round of a chat, and the answer as the model gave it."""
-    images: tuple[ImageFile, ...]
-    digests: tuple[str, ...]        # what the images are known by
-    question: str
-    ids: list[int] = field(default_factory=list)        # of the answer, without </s>
-    has_ended: bool = False         # by </s>; else somebody stopped it, or it was cut
-    first_after: float = 0.0        # seconds from the question to the first token
-    seconds: float = 0.0            # and to the last one
-
 
 def in_pieces(ids: Iterable[int], tokenizer: Tokenizer) -> Iterator[str]:
     """The text of ids, as they come, in pieces of whole characters; a character can take several ids."""
@@ -64,11 +49,22 @@ def in_pieces(ids: Iterable[int], tokenizer: Tokenizer) -> Iterator[str]:
         yield text[len(shown):]
 
 
-class Chat:
-    """One conversation: its rounds, and a cache of keys and values of what they say, or of a beginning of it.
+class ContextFull(ValueError):
+    """A question does not fit into the context."""
 
-    So taking a round back is to forget it and what the cache has of it, and loading a conversation computes
-    nothing: the next question brings what the cache lacks.
+
+def check_logits(logits: Tensor):
+    """Raises ValueError where the model computes nonsense: a NaN, or (behind an overflow in RMSNorm) all the same."""
+    if not logits.isfinite().all() or logits.amin() == logits.amax():
+        raise ValueError("the model computes values that are no finite numbers, or all the same: are its weights "
+                         "damaged?")
+
+
+class Chat:
+    """One conversation: its rounds, and a cache of keys and values, which may lag behind them.
+
+    The next question brings what the cache lacks. So loading a conversation computes nothing, and a round is taken
+    back by cutting the cache where the round begins.
     """
 
     def __init__(self, model: VisualChat, tokenizer: Tokenizer, album: Album | None = None,
@@ -77,6 +73,7 @@ class Chat:
         self.sampling, self.max_new_tokens = Sampling(), 512
         self.forgets = False        # whether the oldest rounds are left out where the context is full
         self.rounds: list[Answered] = []
+        self.left = Answered((), (), "")    # the images of rounds that were left out; they stay
         self.cache = Cache(model.llama, 1, self.limit)
         self.running = (piece for piece in ())                  # the last answer, which may be half read
         self.description = ""       # for people
@@ -90,7 +87,7 @@ class Chat:
         """
         folder = Path(folder)
         device = torch.device(device or torch.accelerator.current_accelerator(check_available=True) or "cpu")
-        model, config = load(folder, torch.float32 if device.type == "cpu" else torch.float16, device)
+        model, config = load_model(folder, torch.float32 if device.type == "cpu" else torch.float16, device)
         wanted = attention or config.attention
         if wanted != config.attention and "causal" in (wanted, config.attention):
             raise ValueError(f"{folder} was trained with {config.attention} attention, which --attention {wanted} "
@@ -113,51 +110,57 @@ class Chat:
     @property
     def images(self) -> list[ImageFile]:
         """All images that were shown, in the order of their numbers."""
-        return [image for one in self.rounds for image in one.images]
+        return [image for one in (self.left, *self.rounds) for image in one.images]
 
-    def encoded(self, rounds: list[Answered], waits: bool = False) -> Encoded:
-        """Ids, kinds and labels of these rounds; waits: the last one has no answer yet."""
+    @property
+    def digests(self) -> list[str]:
+        """And their digests."""
+        return [digest for one in (self.left, *self.rounds) for digest in one.digests]
+
+    def encoded(self, unanswered: Answered | None = None) -> Encoded:
+        """Ids, kinds and labels of all rounds, and of one more that has no answer yet."""
         out = Encoded([], [], [], [])
-        for number, one in enumerate(rounds, 1):
-            out += encode_round(Round(one.images, one.question), len(out.images), number == 1, self.tokenizer,
+        for one in (*self.rounds, *filter(None, [unanswered])):
+            images = one.images if out.ids else self.left.images + one.images
+            out += encode_round(Round(images, one.question), len(out.images), not out.ids, self.tokenizer,
                                 self.model.vit.config.n_queries)
-            if number < len(rounds) or not waits:
+            if one is not unanswered:
                 out.add_text([*one.ids, self.tokenizer.eos], is_answer=True)
         return out
 
     def answer_of(self, one: Answered) -> str:
         return self.tokenizer.decode(one.ids)
 
-    def without_oldest(self, rounds: list[Answered]) -> list[Answered]:
-        """The last of these rounds, at least one, so many that an answer has room; images move to the first.
+    def leave_out_oldest(self, new: Answered):
+        """Leave out the oldest rounds where an answer to `new` has no room, so many that a quarter is free.
 
-        Under MMCA the images cost nothing more than their positions: their keys and values are known.
+        To leave out one at a time would read nearly all anew with every question. Under MMCA the images, which stay,
+        cost nothing more than their positions: their keys and values are known.
         """
-        while len(rounds) > 1 and len(self.encoded(rounds, True).ids) + self.max_new_tokens > self.limit:
-            oldest, first, *rest = rounds
-            rounds = [replace(first, images=oldest.images + first.images,
-                              digests=oldest.digests + first.digests), *rest]
-        return rounds
+        if len(self.encoded(new).ids) + min(self.max_new_tokens, self.limit // 4) <= self.limit:
+            return
+        while self.rounds and len(self.encoded(new).ids) > self.limit - self.limit // 4:
+            oldest, *self.rounds = self.rounds
+            self.left = Answered(self.left.images + oldest.images, self.left.digests + oldest.digests, "")
+        self.cache.past = [()]
 
-    def read(self, one: Answered) -> Tensor:
+    def begin_round(self, new: Answered) -> Tensor:
         """Add a round that waits for its answer; returns the logits (1, vocabulary) of the first answer token.
 
-        Raises ValueError where the context is full, and as `read_image` does; then nothing was added.
+        Raises ContextFull, and as `read_image` and `check_logits` do; then the conversation is as it was before.
         """
-        model, device, rounds = self.model, self.model.projection.weight.device, [*self.rounds, one]
-        new = self.encoded(rounds, waits=True)
-        if self.forgets and len(new.ids) + self.max_new_tokens > self.limit and len(rounds) > 1:
-            rounds, self.cache.past = self.without_oldest(rounds), [()]
-            new = self.encoded(rounds, waits=True)
-        if (n_new := len(new.ids)) >= self.limit:
-            raise ValueError(f"{n_new} positions exceed the {self.limit} of the context: /clear starts over, and "
-                             "--forget leaves out the oldest rounds")
-        before = self.cache.past
-        fed = len(before[0])
-        ids, kind = (torch.tensor([values[fed:]], device=device) for values in (new.ids, new.kind))
-        known = new.kind[:fed].count(IMAGE) // model.vit.config.n_queries
-        files, digests = new.images[known:], [digest for one in rounds for digest in one.digests][known:]
+        model, device = self.model, self.model.projection.weight.device
+        rounds, left, past = self.rounds, self.left, self.cache.past
         try:
+            if self.forgets:
+                self.leave_out_oldest(new)
+            whole, fed = self.encoded(new), len(self.cache.past[0])
+            if len(whole.ids) >= self.limit:
+                raise ContextFull(f"{len(whole.ids)} positions exceed the {self.limit} of the context: /clear starts "
+                                  "over, and --forget leaves out the oldest rounds")
+            ids, kind = (torch.tensor([values[fed:]], device=device) for values in (whole.ids, whole.kind))
+            n_fed = whole.kind[:fed].count(IMAGE) // model.vit.config.n_queries
+            files, digests = whole.images[n_fed:], [*self.digests, *new.digests][n_fed:]
             # Under other forms of attention an image's keys depend on what was before it, so none is known.
             is_mmca = model.llama.attention == "mmca"
             image_kv = self.album.find_all(digests) if is_mmca else None
@@ -169,13 +172,13 @@ class Chat:
                     self.album.add(digests, self.cache.newest_images(tokens.shape[0] * tokens.shape[1]))
             else:
                 logits = model.prefill(model.llama.embed_tokens(ids), kind, self.cache, image_kv=image_kv)
-            if not logits.isfinite().all() or logits.amin() == logits.amax():
-                raise ValueError("the model computes values that are no finite numbers, or all the same: are its "
-                                 "weights damaged?")
+            check_logits(logits)
         except BaseException:                                   # Ctrl-C, too
-            self.cache.past = before
+            # What was left out comes back, but the cache may have lost it: then the next question reads it anew.
+            self.cache.past = past if self.rounds is rounds else [()]
+            self.rounds, self.left = rounds, left
             raise
-        self.rounds = rounds
+        self.rounds = [*self.rounds, new]
         return logits
 
     def answer(self, logits: Tensor, one: Answered, started: float) -> Iterator[int]:
@@ -191,8 +194,9 @@ class Chat:
 
     @torch.no_grad()
     def pieces(self, question: str, files: list[ImageFile]) -> Iterator[str]:
+        """Begin a round, and yield its answer; whatever ends it, new images are kept."""
         started = time.perf_counter()
-        logits = self.read(Answered(tuple(files), tuple(digest_of(file) for file in files), question))
+        logits = self.begin_round(Answered(tuple(files), tuple(digest_of(file) for file in files), question))
         try:
             yield from in_pieces(self.answer(logits, self.rounds[-1], started), self.tokenizer)
         finally:
@@ -204,8 +208,9 @@ class Chat:
     def stream(self, question: str, *images) -> Iterator[str]:
         """Show images (str, Path or PIL image), ask, and yield the answer piece by piece.
 
-        An answer that is not read to its end ends there. Raises FileNotFoundError or ValueError for an image that
-        cannot be read and ValueError where the context is full; the conversation is then as it was before.
+        Nothing is asked before the first piece is taken, and an answer that is not read to its end ends there. With
+        that piece come FileNotFoundError or ValueError for an image that cannot be read, and ContextFull; the
+        conversation is then as it was before.
         """
         self.running.close()
         self.running = self.pieces(question, [as_file(image) for image in images])
@@ -220,54 +225,14 @@ class Chat:
         self.running.close()
         if not self.rounds:
             raise ValueError("there is no round to take back")
-        last = self.rounds.pop()
-        self.cache.past = [self.cache.past[0][:len(self.encoded(self.rounds).ids)]]
+        *self.rounds, last = self.rounds
+        self.cache.past = [self.cache.past[0][:len(self.encoded().ids)]]
         return last
 
     def clear(self):
         """Begin anew, without images."""
         self.running.close()
-        self.rounds, self.cache.past = [], [()]
-
-    def save(self, path: Path | str):
-        """Write the conversation as JSON, with the names of its images; raises OSError."""
-        found = [{"images": [str(image.absolute()) if isinstance(image, Path) else
-                             "data:image/png;base64," + base64.b64encode(image.read_bytes()).decode()
-                             for image in one.images],
-                  "question": one.question, "answer": self.answer_of(one), "ids": one.ids,
-                  "has_ended": one.has_ended} for one in self.rounds]
-        with replacing(Path(path)) as unfinished:
-            unfinished.write_text(json.dumps({"rounds": found}, indent=1) + "\n")
-
-    def load(self, path: Path | str):
-        """Go on with a conversation that `save` wrote, maybe with another model; the one so far is left.
-
-        Raises FileNotFoundError or ValueError for what cannot be read; the conversation is then as it was before.
-        """
-        rounds, path = [], Path(path)
-        try:
-            for one in read_json(path)["rounds"]:
-                images = tuple(InMemory(base64.b64decode(name.partition(",")[2], validate=True))
-                               if name.startswith("data:") else Path(name) for name in one["images"])
-                if not all(isinstance(one[name], str) for name in ("question", "answer")):
-                    raise TypeError("a text is expected for question and answer")
-                ids = one.get("ids", [])                        # Another tokenizer may have cut words otherwise.
-                if not self.fits(ids, one["answer"]):
-                    ids = self.tokenizer.encode(one["answer"])
-                rounds.append(Answered(images, tuple(map(digest_of, images)), one["question"], ids,
-                                       one.get("has_ended") is True))
-        except (TypeError, LookupError, AttributeError, binascii.Error) as error:
-            raise ValueError(f"{path} is no conversation that was saved here: {error}") from error
-        if (n := len(self.encoded(rounds).ids)) >= self.limit:
-            raise ValueError(f"{path} holds {n} positions, and the context has {self.limit}")
-        self.running.close()
-        self.rounds, self.cache.past = rounds, [()]
-
-    def fits(self, ids, answer: str) -> bool:
-        """Whether these are ids of an answer by this tokenizer."""
-        rows = range(self.model.llama.config.vocab_size)
-        return (isinstance(ids, list) and all(type(id) is int and id in rows for id in ids)
-                and self.tokenizer.decode(ids) == answer)
+        self.rounds, self.left, self.cache.past = [], Answered((), (), ""), [()]
 
 
 # ---- the program ----
@@ -298,7 +263,7 @@ def main():
         say = (lambda line: None) if options.quiet else print
         chat = open_chat(options, say)
         terminal = Terminal(chat, options.quiet, options.verbose)
-        terminal.show([as_path(name) for name in options.images])
+        terminal.show([image_file(name) or as_path(name) for name in options.images])
         for line in options.question or ():
             terminal.say(f"> {line}")
             if not terminal.follow(line):
@@ -310,7 +275,7 @@ def main():
             if path:
                 write(chat, path)
                 say(f"saved: {path}")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, torch.OutOfMemoryError) as error:
         sys.exit(f"chat.py: {printable(str(error))}")
     except RuntimeError as error:                               # PyTorch's error when a compiler fails
         if not options.compile:

@@ -12,7 +12,7 @@ sources.py reads conversations from the nine datasets. Before: visualchat.py. Ne
 import random
 import sys
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
 from multiprocessing import Array
 from typing import Protocol
@@ -54,6 +54,18 @@ class Conversation:
     """Rounds that follow each other; the paper calls it a sample."""
     name: str                   # the file and the record in it, for messages
     rounds: list[Round]
+
+
+@dataclass
+class Answered:
+    """A round of a chat, and the answer as the model gave it."""
+    images: tuple[ImageFile, ...]
+    digests: tuple[str, ...]    # of the images' bytes
+    question: str
+    ids: list[int] = field(default_factory=list)        # of the answer, without </s>
+    has_ended: bool = False     # by </s>; else somebody stopped it, or it was cut
+    first_after: float = 0.0    # seconds from the question to the first token
+    seconds: float = 0.0        # and to the last one
 
 
 # ---- the template ----

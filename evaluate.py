@@ -26,8 +26,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from album import fingerprint
-from chat import Chat
+from album import digest_of, fingerprint
+from chat import Chat, ContextFull, check_logits
 from data import Encoded, Round, collate, encode, encode_round, to_tensors
 from llama import Cache, Tokenizer
 from page import image_url
@@ -49,16 +49,17 @@ def of_equal_length(conversations: list[list[Round]], at_once: int) -> Iterator[
 
 @torch.no_grad()
 def hold_conversations(model: VisualChat, tokenizer: Tokenizer, conversations: list[list[Round]],
-                       max_new_tokens: int, seen: Callable[[Tensor], Tensor] = lambda pixels: pixels
+                       max_new_tokens: int, change_pixels: Callable[[Tensor], Tensor] = lambda pixels: pixels
                        ) -> list[list[str]]:
     """Ask the questions of conversations with equally many rounds, and let the model take the likeliest tokens.
 
-    Returns for each conversation its answers. seen: what becomes of the pixels before the model gets them.
+    Returns for each conversation its answers. Raises as `load_pixels` and `check_logits` do.
     """
     vision, device, eos, n = model.vit.config, model.projection.weight.device, tokenizer.eos, len(conversations)
     asked = [[replace(round_, answer=None) for round_ in rounds] for rounds in conversations]
-    as_text = vision.n_queries if model.llama.attention == "causal" else 0      # positions of an image
-    text = max(len(encode(rounds, tokenizer, as_text).ids) for rounds in asked)
+    # Under causal attention an image takes its room among the text.
+    per_image = vision.n_queries if model.llama.attention == "causal" else 0
+    text = max(len(encode(rounds, tokenizer, per_image).ids) for rounds in asked)
     cache = Cache(model.llama, n, room=text + (max_new_tokens + 1) * len(asked[0]))
     shown, said, answers = [0] * n, [[] for _ in range(n)], []
     for rounds in zip(*asked, strict=True):
@@ -71,8 +72,9 @@ def hold_conversations(model: VisualChat, tokenizer: Tokenizer, conversations: l
             shown[i] += len(round_.images)
         batch = collate(examples)
         ids, kind, images = (batch[name].to(device) for name in ("ids", "kind", "images"))
-        x = model.embed(ids, kind, model.image_tokens(seen(images)))
+        x = model.embed(ids, kind, model.image_tokens(change_pixels(images)))
         logits = model.prefill(x, kind, cache, batch["lengths"])
+        check_logits(logits)
         tokens, ended, before = [], torch.zeros(n, dtype=torch.bool), cache.past
         for token in model.generate(logits, cache, max_new_tokens):
             tokens.append(token.cpu())
@@ -111,7 +113,7 @@ def all_answers(model: VisualChat, tokenizer: Tokenizer, conversations: list[lis
         for round_ in conversations[number]:
             try:
                 answers.append(chat.ask(round_.question, *round_.images))
-            except ValueError as error:
+            except ContextFull as error:
                 print(printable(f"no answer to {round_.question[:60]!r}: {error}"), file=sys.stderr)
                 answers.append("")
         yield number, answers
@@ -125,7 +127,7 @@ def read_questions(path: Path, folder: Path) -> dict[str, list[Round]]:
     Raises ValueError or FileNotFoundError, with the name of the conversation, for what is not as expected.
     """
     found = {}
-    for name, rounds in read_json(path).items():
+    for name, rounds in read_json(path).items():                # of two with the same name JSON keeps the last
         if not (isinstance(rounds, list) and rounds and all(
                 isinstance(one, list) and len(one) in (1, 2) and all(isinstance(text, str) for text in one)
                 and one[0].strip() for one in rounds)):
@@ -144,8 +146,10 @@ def read_questions(path: Path, folder: Path) -> dict[str, list[Round]]:
     return found
 
 
-def digest(*parts) -> str:
-    return hashlib.sha256(repr(parts).encode(errors="backslashreplace")).hexdigest()
+def key_of(weights: str, max_new_tokens: int, rounds: list[Round]) -> str:
+    """What a conversation's answers are kept under: all that they depend on."""
+    asked = [(round_.question, [digest_of(image) for image in round_.images]) for round_ in rounds]
+    return hashlib.sha256(repr((weights, max_new_tokens, asked)).encode(errors="backslashreplace")).hexdigest()
 
 
 def read_partial(path: Path) -> dict[str, list[str]]:
@@ -164,7 +168,8 @@ def write_answers(path: Path, questions: dict[str, list[Round]], folder: Path,
                   answers: dict[str, list[list[str]]]):
     """The table: a line per round; the column of answers has the model's name where there are several."""
     columns = ["answer"] if len(answers) == 1 else [f"answer {model}" for model in answers]
-    with replacing(path) as unfinished, open(unfinished, "w", newline="", encoding="utf-8") as file:
+    with replacing(path) as unfinished, open(unfinished, "w", newline="", encoding="utf-8",
+                                              errors="backslashreplace") as file:
         writer = csv.writer(file)
         writer.writerow(["test_name", "image_path", "question", *columns])
         for number, (name, rounds) in enumerate(questions.items()):
@@ -202,7 +207,7 @@ def write_html(path: Path, questions: dict[str, list[Round]], answers: dict[str,
             parts.append(f"<tr><td>{html.escape(round_.question)}{images}</td>{said}</tr>")
         parts.append("</table></div>")
     with replacing(path) as unfinished:
-        unfinished.write_text("\n".join(parts) + "\n</body></html>\n", encoding="utf-8")
+        unfinished.write_text("\n".join(parts) + "\n</body></html>\n", "utf-8", "backslashreplace")
 
 
 # ---- the program ----
@@ -213,8 +218,7 @@ def answers_of(folder: Path, questions: dict[str, list[Round]], options, partial
     model, config = load(folder, torch.float32 if device.type == "cpu" else torch.float16, device)
     tokenizer = Tokenizer(towers(config)[0], model.llama.config.vocab_size)
     weights = fingerprint(folder, config)
-    asked = [digest(weights, options.max_new_tokens, [(round_.question, list(map(str, round_.images)))
-                                                      for round_ in rounds]) for rounds in questions.values()]
+    asked = [key_of(weights, options.max_new_tokens, rounds) for rounds in questions.values()]
     known = read_partial(partial)
     left = [number for number, one in enumerate(asked) if one not in known]
     conversations = list(questions.values())
@@ -223,7 +227,8 @@ def answers_of(folder: Path, questions: dict[str, list[Round]], options, partial
           tqdm(total=sum(map(len, conversations)), initial=n_known, desc=f"{folder}", unit=" answers") as bar):
         for i, found in all_answers(model, tokenizer, [conversations[number] for number in left], options.at_once,
                                     options.max_new_tokens):
-            file.write(json.dumps({"asked": asked[left[i]], "answers": found}) + "\n")
+            # The line break comes first: a kill may have left half a line.
+            file.write("\n" + json.dumps({"asked": asked[left[i]], "answers": found}))
             file.flush()
             known[asked[left[i]]] = found
             bar.update(len(found))
@@ -247,12 +252,14 @@ def main():
     try:
         if options.out.exists():
             raise ValueError(f"{options.out} exists: delete it, or take another --out")
+        if absent := [file for file in (options.out, options.html) if file and not file.absolute().parent.is_dir()]:
+            raise FileNotFoundError(f"no folder {absent[0].parent}, into which {absent[0]} should be written")
         questions = read_questions(options.questions, options.images)
         started = time.monotonic()
         answers = {str(folder): answers_of(folder, questions, options, partial) for folder in options.model}
-        write_answers(options.out, questions, options.images, answers)
         if options.html:
             write_html(options.html, questions, answers)
+        write_answers(options.out, questions, options.images, answers)      # last, since it is the sign of the end
         partial.unlink()
     except (OSError, ValueError) as error:
         sys.exit(f"evaluate.py: {printable(str(error))}")

@@ -9,18 +9,19 @@ answer. Side room of chat.py.
 """
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 from urllib.parse import unquote
 
-from PIL import Image
+from PIL import Image, ImageOps
 
 from data import ImageFile
-from pixels import FORMATS, can_be_read
+from pixels import FORMATS, as_rgb, can_be_read
 
-# A word, with escaped spaces, or a text in quotes with what is attached to it.
+# A word, with escaped spaces, or a text in quotes with what is attached to it. The ' in isn't is no quote. Some
+# programs write @ before the name of a file.
 WORD = re.compile(r"""[(\[{<]*(?:"[^"]*"|'[^']*'(?!\w)|`[^`]*`|“[^”]*”)\S*|(?:\\.|\S)+""")
 OPENING, CLOSING, MARKS = "\"'`([{<“‘@", "\"'`)]}>”’", "?!.,;:"
 # Names that end like this are images: those that can be read, and others that people have, to say so.
@@ -55,17 +56,33 @@ def image_file(name: str) -> Path | None:
 
 
 def named(text: str) -> tuple[Path, str] | None:
-    """The image file that a part of a line names, in whatever quotes and brackets, and the punctuation behind it.
+    """The image file that a part of a line names, in whatever quotes and brackets, and what stands behind it: marks,
+    or the 's of "a.png's".
 
     None where it names none; raises as `image_file` does.
     """
+    for whole in (text, text[1:-1] if text[:1] in OPENING else ""):     # brackets may belong to the name
+        if os.path.isfile(as_path(whole)) and (path := image_file(whole)):
+            return path, ""
     opened = text.lstrip(OPENING)
     bare = opened.rstrip(CLOSING + MARKS)
-    marks = "".join(char for char in opened[len(bare):] if char in MARKS)
-    inner = text[1:-1] if text[:1] in OPENING else text         # its last characters may belong to the name
-    if inner != bare and inner and os.path.isfile(as_path(inner)):
-        return (path, "") if (path := image_file(inner)) else None
-    return (path, marks) if bare and (path := image_file(bare)) else None
+    behind = "".join(char for char in opened[len(bare):] if char in MARKS)
+    if owns := re.search("['’]s$", bare):
+        bare, behind = bare[:owns.start()], owns[0] + behind
+    return (path, behind) if bare and (path := image_file(bare)) else None
+
+
+def words_of(line: str) -> Iterator[tuple[str, str]]:
+    """(blanks before it, word) of a line. A name may have spaces that nobody marked: then the longest run of words
+    that is a file is one word."""
+    found, at, before = list(WORD.finditer(line)), 0, 0
+    while at < len(found):
+        start = found[at].start()
+        ends = range(min(len(found), at + MOST_WORDS), at, -1)
+        at = next((end for end in ends if os.path.isfile(as_path(line[start:found[end - 1].end()].rstrip(MARKS)))),
+                  at + 1)
+        yield line[before:start], line[start:found[at - 1].end()]
+        before = found[at - 1].end()
 
 
 def parse(line: str, first: int, known: Callable[[Path], int | None] = lambda path: None
@@ -75,38 +92,33 @@ def parse(line: str, first: int, known: Callable[[Path], int | None] = lambda pa
     Within a sentence a name becomes "image 3", counting from `first`; before or after a sentence it is left out.
     known: the number of an image that was shown before; it does not join again. Raises as `image_file` does.
     """
-    words, files, numbers, question, at, says_more = list(WORD.finditer(line)), [], {}, [], 0, False
-    while at < len(words):
-        # A name may have spaces that nobody marked: the longest run of words that is a file counts.
-        runs = range(min(len(words), at + MOST_WORDS), at + 1, -1)
-        parts = (line[words[at].start():words[end - 1].end()] for end in runs)
-        end, part = next(((end, part) for end, part in zip(runs, parts)
-                          if os.path.isfile(os.path.expanduser(part.rstrip(MARKS)))), (at + 1, words[at].group()))
-        found, at = named(part), end
-        if not found:
-            says_more = True
-            question.append(part)
+    words, files, numbers, question, says_more = list(words_of(line)), [], {}, "", False
+    for i, (blanks, word) in enumerate(words):
+        if not (found := named(word)):
+            question, says_more = question + blanks * bool(question) + word, True
             continue
-        path, marks = found
+        path, behind = found
         number = numbers.get(path) or known(path)
         if joins := number is None:
             number = first + len(files)
             files.append(path)
         numbers[path] = number
-        if not joins or (question and question[-1][-1] not in "?!."):
-            # A known image must be named: before a sentence, where it would be left out, too.
-            question.append(f"image {number}{marks}" if question else f"image {number}{marks or ':'}")
-    return files, " ".join(question) if says_more else ""
+        goes_on = i + 1 < len(words) and words[i + 1][1].lower() in ("and", "or", "vs", "vs.", "versus", "&")
+        # A known image must be named: before a sentence, where another would be left out, too.
+        if not joins or goes_on or behind[:1] in ("'", "’") and behind or question and question[-1] not in "?!.":
+            behind = behind or ":" * (not question and not goes_on)
+            question += blanks * bool(question) + f"image {number}{behind}"
+    return files, question if says_more else ""
 
 
 # ---- numbers ----
 
-COUNTED = {word: n for n, both in enumerate((
-    "one first", "two second", "three third", "four fourth", "five fifth", "six sixth", "seven seventh",
-    "eight eighth", "nine ninth", "ten tenth"), 1) for word in both.split()}
+CARDINALS = "one two three four five six seven eight nine ten".split()
+ORDINALS = "first second third fourth fifth sixth seventh eighth ninth tenth".split()
+COUNTED = {word: n for words in (CARDINALS, ORDINALS) for n, word in enumerate(words, 1)}
 AN_IMAGE = r"(?:images?|pictures?|photos?|photographs?|pics?|imgs?)"
-CARDINAL = rf"(?:\d+|{'|'.join(list(COUNTED)[::2])})"
-ORDINAL = rf"(?:\d+(?:st|nd|rd|th)|{'|'.join(list(COUNTED)[1::2])})"
+CARDINAL = rf"(?:\d{{1,9}}|{'|'.join(CARDINALS)})"
+ORDINAL = rf"(?:\d{{1,9}}(?:st|nd|rd|th)|{'|'.join(ORDINALS)})"
 NUMBERED = re.compile(                          # "images 1, 2 and 3", or "the first and the second image"
     rf"\b{AN_IMAGE}\s*(?:no\.?\s*|number\s*|#\s*)?"
     rf"({CARDINAL}(?:(?:\s*[,&]\s*(?:and\s+)?|\s+(?:and|or|to|with)\s+){CARDINAL})*)\b|"
@@ -119,7 +131,7 @@ def absent(question: str, n_images: int) -> str:
         return "no image is shown yet: name a file to show one"
     found = [word for match in NUMBERED.finditer(question.lower())
              for word in re.findall(r"\d+|[a-z]+", match[1] or match[2])]
-    numbers = {int(word) if word.isdigit() else COUNTED.get(word, 1) for word in found}
+    numbers = {int(word) if word.isdigit() else COUNTED[word] for word in found if word.isdigit() or word in COUNTED}
     wrong = sorted(number for number in numbers if not 1 <= number <= n_images)
     return (f"there is no image {' or '.join(map(str, wrong))}: {n_images} "
             f"{'is' if n_images == 1 else 'are'} shown") if wrong else ""
@@ -142,6 +154,6 @@ class InMemory:
 def as_file(image) -> ImageFile:
     """An image that is named by a str or a Path, or a PIL image, as the other files want it."""
     if isinstance(image, Image.Image):
-        image.save(content := BytesIO(), "PNG")
+        as_rgb(ImageOps.exif_transpose(image)).save(content := BytesIO(), "PNG")
         return InMemory(content.getvalue())
     return Path(image) if isinstance(image, str) else image

@@ -6,7 +6,8 @@ took from the image's patches. One carried through the other says how much a wor
 
     word ── looks (image tokens) ──► image tokens ── patches (tokens, P) ──► a square of patches
 
-Attention says where a layer read, not why an answer came about. Side room of chat.py.
+Attention says where a layer read, not why an answer came about. In what follows `chat` is a chat.Chat; chat.py
+imports this file, and not the other way round. Side room of chat.py.
 """
 import base64
 import html
@@ -33,7 +34,9 @@ from weights import replacing
 @dataclass(frozen=True)
 class Looks:
     """Of a conversation with I images of n tokens each, and A answer tokens, those of </s> among them."""
-    tokens: Tensor                  # (layers, A, I, n) what each answer token takes from each image token; sum 1
+    # (layers, A, I, n) what each answer token takes from each image token; over I and n the sum is 1, or 0 before
+    # the first image
+    tokens: Tensor
     patches: Tensor                 # (I, n, P) what each image token took from each patch; over P the sum is 1
 
 
@@ -41,13 +44,13 @@ def patches_of(model: VisualChat, pixels: Tensor) -> tuple[Tensor, Tensor]:
     """The image tokens (I, n, C) of pixels, and what each took from each patch, (I, n, P): the heads' mean."""
     found = []
 
-    def look(attention: PoolAttention, inputs: tuple[Tensor, Tensor, Tensor]):
+    def note_patches(attention: PoolAttention, inputs: tuple[Tensor, Tensor, Tensor]):
         parts = zip(inputs[:2], attention.in_proj_weight.chunk(3), attention.in_proj_bias.chunk(3))
         q, k = (F.linear(*part).unflatten(-1, (-1, HEAD_DIM)).transpose(1, 2).float()       # (I, H, n or P, D)
                 for part in parts)
         found.append((q @ k.mT * HEAD_DIM ** -0.5).softmax(-1).mean(1))
 
-    handle = model.vit.attn_pool.attn.register_forward_pre_hook(look)
+    handle = model.vit.attn_pool.attn.register_forward_pre_hook(note_patches)
     try:
         return model.image_tokens(pixels), found[0]
     finally:
@@ -74,13 +77,13 @@ def looks_of(model: VisualChat, encoded: Encoded) -> Looks:
     sees = torch.arange(int((kind == IMAGE).sum()), device=device) < n_seen[:, None]           # (A, I·n)
     found = []
 
-    def look(number: int, q: Tensor, k: Tensor, layout: Layout):
+    def note_looks(number: int, q: Tensor, k: Tensor, layout: Layout):
         q, k = q[rows].float(), k[layout.n_text:].float()                       # (A, H, D), (I·n, H_kv, D)
         q = q.unflatten(1, (k.shape[1], -1)).transpose(0, 1).flatten(1, 2)      # (H_kv, A · H/H_kv, D)
         scores = (q @ k.permute(1, 2, 0) * q.shape[-1] ** -0.5).unflatten(1, (len(rows), -1))
         found.append(masked_softmax(scores, sees[:, None]).mean((0, 2)))        # the mean of all heads, (A, I·n)
 
-    model.llama.watch = look
+    model.llama.watch = note_looks
     try:
         model.llama(model.embed(ids[None], kind[None], tokens), kind[None])
     finally:
@@ -97,7 +100,7 @@ def words_of(ids: list[int], tokenizer) -> list[tuple[str, list[int]]]:
         if text.endswith("\ufffd") and place + 1 < len(ids):
             continue                                            # a character that takes several ids is incomplete
         piece, shown = text[len(shown):], text
-        if not words or piece.startswith((" ", "\n")):
+        if not words or piece.startswith((" ", "\n")) and words[-1][0].strip():
             words.append((piece, places))
         else:
             words[-1] = (words[-1][0] + piece, words[-1][1] + places)
@@ -122,13 +125,13 @@ def draw_heatmap(chat, path: Path, side: int = 320):
 
     Raises as `looks_of` does, and OSError or ValueError where the file cannot be written.
     """
-    looks = looks_of(chat.model, chat.encoded(chat.rounds))
+    looks = looks_of(chat.model, chat.encoded())
     words = word_looks(chat, looks)[-1]
     if not words:
         raise ValueError("there is nothing to show: the last answer has no words")
     share = torch.stack([look.mean(0) for _, look in words]).mean(0)            # (I, n)
     heat = torch.einsum("in,inp->ip", share, looks.patches)
-    grid = round(heat.shape[1] ** 0.5)
+    grid = round(heat.shape[1] ** 0.5)                                         # patches of a side
     sheet = Image.new("RGB", (len(chat.images) * (side + 10) + 10, side + 70), "white")
     pen = ImageDraw.Draw(sheet)
     for number, (file, values) in enumerate(zip(chat.images, heat / heat.max()), 1):
@@ -141,7 +144,7 @@ def draw_heatmap(chat, path: Path, side: int = 320):
     text = f"{chat.rounds[-1].question}  {chat.answer_of(chat.rounds[-1])}".replace("\n", " ")
     pen.text((10, side + 40), text[:len(chat.images) * side // 7], "black", font_size=14)
     with replacing(path) as unfinished:
-        sheet.save(unfinished, Image.registered_extensions().get(path.suffix.lower(), "PNG"))
+        sheet.save(unfinished, Image.registered_extensions()[path.suffix.lower()])
 
 
 # ---- a page ----
@@ -177,7 +180,7 @@ the word, and the bars how it shared its attention among the images that were sh
 const data = JSON.parse(document.getElementById("data").textContent);
 const bytes = text => Uint8Array.from(atob(text), c => c.charCodeAt(0));
 const weights = bytes(data.weights), patches = bytes(data.patches);
-const [layers, words, images, n] = data.shape, P = data.side ** 2;
+const [, words, images, n] = data.shape, P = data.grid ** 2;
 const frames = [...document.querySelectorAll("figure")], layer = document.getElementById("layer");
 let shown = null;
 
@@ -198,7 +201,7 @@ function show(element) {
   const most = Math.max(1e-9, ...heats.map(heat => Math.max(...heat)));
   frames.forEach((figure, image) => {
     const pen = figure.querySelector("canvas").getContext("2d");
-    const pixels = pen.createImageData(data.side, data.side);
+    const pixels = pen.createImageData(data.grid, data.grid);
     heats[image].forEach((value, p) => pixels.data.set([255, 80, 0, 200 * value / most], 4 * p));
     pen.putImageData(pixels, 0, 0);
     const share = data.shares[(+layer.value * words + word) * images + image];
@@ -215,7 +218,7 @@ if (location.hash)                      // talk.html#3
 document.addEventListener("keydown", event => {
   const all = [...document.querySelectorAll(".word")], step = {ArrowRight: 1, ArrowLeft: -1}[event.key];
   if (step && document.activeElement !== layer && all.length)
-    all[(all.indexOf(shown) + step + all.length) % all.length].focus();
+    all[shown ? (all.indexOf(shown) + step + all.length) % all.length : 0].focus();
 });
 </script></body></html>
 """
@@ -237,9 +240,9 @@ def to_bytes(values: Tensor) -> tuple[str, Tensor]:
 
 def write_page(chat, path: Path):
     """Write the conversation as one HTML file that needs nothing else; raises as `looks_of` does, and OSError."""
-    looks = looks_of(chat.model, chat.encoded(chat.rounds))
+    looks = looks_of(chat.model, chat.encoded())
     n_images, n_tokens, n_patches = looks.patches.shape
-    rounds, weights, n_shown = [], [], 0
+    rounds, weights, n_shown = [], [], len(chat.left.images)
     for one, words in zip(chat.rounds, word_looks(chat, looks)):
         spans = []
         for text, look in words:
@@ -252,23 +255,23 @@ def write_page(chat, path: Path):
         shown = shown and f"<small>[{shown}]</small> "
         rounds.append(f'<p class="question">{shown}{html.escape(one.question)}</p>\n'
                       f'<p class="answer">{"".join(spans)}</p>')
-    side = round(n_patches ** 0.5)
+    grid = round(n_patches ** 0.5)                                             # patches of a side
     figures = [f'<figure><div class="frame"><img src="{image_url(file)}" alt="image {number}">'
-               f'<canvas width="{side}" height="{side}"></canvas></div><figcaption>image {number}: '
+               f'<canvas width="{grid}" height="{grid}"></canvas></div><figcaption>image {number}: '
                f'{html.escape(Path(str(file)).name)} <output></output><meter></meter></figcaption></figure>'
                for number, file in enumerate(chat.images, 1)]
     of_words = torch.stack(weights, dim=1) if weights else looks.tokens[:, :0]          # (layers, words, I, n)
     of_words = torch.cat((of_words.mean(0, keepdim=True), of_words))        # first the mean of all layers
     patches, scale = to_bytes(looks.patches)
     # One scale for all images of a word: the page compares them.
-    data = dict(shape=of_words.shape, side=side, weights=to_bytes(of_words.flatten(2))[0], patches=patches,
+    data = dict(shape=of_words.shape, grid=grid, weights=to_bytes(of_words.flatten(2))[0], patches=patches,
                 scale=scale.flatten().tolist(), shares=[round(x, 4) for x in of_words.sum(-1).flatten().tolist()])
     layers = ["mean of all", *range(1, len(of_words))]
     parts = {"LAYERS": "".join(f'<option value="{n}">{name}</option>' for n, name in enumerate(layers)),
              "IMAGES": "\n".join(figures), "ROUNDS": "\n".join(rounds),
              "DATA": json.dumps(data).replace("<", "\\u003c")}
     page = PAGE
-    for mark, part in reversed(parts.items()):          # from the end on, so that no part is taken for a mark
+    for mark, part in reversed(parts.items()):          # from the end on: what was put in stands behind the mark
         page = page.replace(mark, part, 1)
     with replacing(path) as unfinished:
-        unfinished.write_text(page, encoding="utf-8")
+        unfinished.write_text(page, "utf-8", "backslashreplace")

@@ -4,7 +4,8 @@
          ─► images (names.py) that wait      a.png
          ─► a question, with these images    What changed from image 1 to b.png?
 
-A line that cannot be followed is explained on stderr and changes nothing. Side room of chat.py.
+A line that cannot be followed is explained on stderr and changes nothing; images that it announced still wait. In
+what follows `chat` is a chat.Chat; chat.py imports this file, and not the other way round. Side room of chat.py.
 """
 import argparse
 import atexit
@@ -20,9 +21,10 @@ import torch
 from album import digest_of
 from data import ImageFile
 from mmca import ATTENTION
-from names import absent, as_path, parse
+from names import absent, as_path, named, parse, words_of
 from page import write_page
 from pixels import can_be_read, read_image
+from saved import load_conversation, save_conversation
 from visualchat import TRAINED, Sampling
 from weights import find_weights, printable
 
@@ -30,6 +32,16 @@ try:
     import readline                                             # line editing and history, where the system has it
 except ImportError:
     readline = None
+
+
+GREETING = "Ask about the images; name an image file to add it."
+COMMANDS = {                                                    # the first name is that of a method of Terminal
+    ("/image",): "FILE…: show images", ("/images",): "which images are shown",
+    ("/undo",): "take the last round back", ("/again",): "answer the last question again",
+    ("/clear", "/new"): "start over, without images",
+    ("/save",): "FILE.json: keep the conversation; FILE.html: a page that shows where each word looked",
+    ("/load",): "FILE.json: go on with a conversation", ("/stats",): "speed, and how full the context is",
+    ("/help",): "this list", ("/quit", "/exit", "/bye"): "end, as Ctrl-D does; Ctrl-C stops an answer"}
 
 
 def newest(folder: Path, say: Callable[[str], None] = print) -> Path:
@@ -43,13 +55,21 @@ def newest(folder: Path, say: Callable[[str], None] = print) -> Path:
 
 def figures(chat) -> str:
     """How long the last answer took, and how much of the context is used."""
-    used = f"{len(chat.encoded(chat.rounds).ids):,} of {chat.limit:,} positions used"
+    used = f"{len(chat.encoded().ids):,} of {chat.limit:,} positions used"
     if not chat.rounds or not chat.rounds[-1].seconds:
         return used
     last = chat.rounds[-1]
-    n, seconds = len(last.ids) + last.has_ended - 1, last.seconds - last.first_after
+    n, seconds = len(last.ids) + last.has_ended - 1, last.seconds - last.first_after       # after the first token
     speed = f"{n / seconds:.1f} tokens/s, " if n and seconds else ""
     return f"first token after {last.first_after:.2f} s, {speed}{used}"
+
+
+def file_in(text: str, suffixes: tuple[str, ...]) -> Path:
+    """The file that a command names; raises ValueError where it does not end as expected."""
+    path = as_path(text.strip("\"'`"))
+    if path.suffix not in suffixes:
+        raise ValueError(f"expected a name that ends in {' or '.join(suffixes)}, found {text or 'none'}")
+    return path
 
 
 class Terminal:
@@ -66,9 +86,7 @@ class Terminal:
 
     def number_of(self, file: Path) -> int | None:
         """The number of an image that was shown already, by its content."""
-        digest = digest_of(file)
-        known = [digest for one in self.chat.rounds for digest in one.digests]
-        known += [digest_of(file) for file in self.waiting]
+        digest, known = digest_of(file), [*self.chat.digests, *map(digest_of, self.waiting)]
         return known.index(digest) + 1 if digest in known else None
 
     def show(self, files: list[Path]):
@@ -81,13 +99,12 @@ class Terminal:
 
     def ask(self, question: str, *images: ImageFile):
         """Print the answer, and notes on what a person should know about it."""
-        n_before = len(self.chat.rounds)
+        left = self.chat.left
         for piece in self.chat.stream(question, *images):
             print(printable(piece), end="", flush=True)
         print()
-        if len(self.chat.rounds) <= n_before:
-            self.say(f"note: the context was full, so the oldest rounds are left out; all "
-                     f"{len(self.chat.images)} images are still shown")
+        if self.chat.left is not left:
+            self.say("note: the context was full, so the oldest rounds are left out; their images are still shown")
         if note := absent(question, len(self.chat.images)):
             self.say(f"note: {note}")
         last, most = self.chat.rounds[-1], self.chat.max_new_tokens
@@ -111,17 +128,30 @@ class Terminal:
             if self.last() is not before:
                 self.waiting = []
 
+    def drop_unreadable(self):
+        """Images that wait and cannot be read any more wait no longer, or no later line would do."""
+        if lost := [file for file in self.waiting if not can_be_read(file)]:
+            self.waiting = [file for file in self.waiting if file not in lost]
+            self.say(f"{', '.join(map(str, lost))} is not shown. Now there are:")
+            self.list_images()
+
     # The commands; each gets what stands behind it in the line.
 
     def image(self, rest: str):
-        files, other = parse(rest, 1, self.number_of)
-        if other or not rest:
-            raise FileNotFoundError(f"no image {other or 'is named'}: expected /image FILE")
+        for _, word in words_of(rest):
+            if not named(word):
+                raise FileNotFoundError(f"no image {word}")
+        files, _ = parse(rest, 0, self.number_of)               # the number counts in a question alone
+        if not rest:
+            raise ValueError("no image is named: expected /image FILE")
         self.show(files)
         if not files:
-            self.images("")                                     # They were shown already.
+            self.list_images()                                  # They were shown already.
 
     def images(self, rest: str):
+        self.list_images()
+
+    def list_images(self):
         shown = [*self.chat.images, *self.waiting]
         self.say("\n".join(f"image {n}: {file}" for n, file in enumerate(shown, 1)) or "no images")
 
@@ -151,32 +181,33 @@ class Terminal:
 
     def save(self, rest: str):
         path = file_in(rest, (".json", ".html"))
-        write_page(self.chat, path) if path.suffix == ".html" else self.chat.save(path)
+        (write_page if path.suffix == ".html" else save_conversation)(self.chat, path)
         self.say(f"saved: {path}")
 
     def load(self, rest: str):
-        self.chat.load(file_in(rest, (".json",)))
+        load_conversation(self.chat, file_in(rest, (".json",)))
         self.waiting = []
         for one in self.chat.rounds:
             self.say(f"> {one.question}\n{self.chat.answer_of(one)}")
-        self.images("")
+        self.list_images()
 
     def stats(self, rest: str):
         self.say(figures(self.chat))
 
     def help(self, rest: str):
-        self.say("Ask about the images; name an image file to add it.\n" + "\n".join(
+        self.say(f"{GREETING}\n" + "\n".join(
             f"  {' '.join(names):<20} {meaning}" for names, meaning in COMMANDS.items()))
 
     def follow(self, line: str) -> bool:
         """Do what a line says; returns False where it ends the conversation. Raises OSError and ValueError."""
-        word, _, rest = line.strip().partition(" ")
+        word, rest = (*line.strip().split(maxsplit=1), "", "")[:2]
         name = word.lower()
-        if name in ("/quit", "/exit", "/bye", "quit", "exit", ":q") and not rest:
+        if name in ("/quit", "/exit", "/bye") or line.strip().lower() in ("quit", "exit", ":q"):
             return False
-        method = next((names[0][1:] for names in COMMANDS if name in names), None)
-        if method:
-            getattr(self, method)(rest.strip())
+        if names := next((names for names in COMMANDS if name in names), None):
+            if rest and "FILE" not in COMMANDS[names]:
+                raise ValueError(f"{name} takes nothing behind it, found {rest:.60}")
+            getattr(self, names[0][1:])(rest)
         elif word.startswith("/") and "/" not in word[1:] and not Path(word).suffix and not os.path.isfile(word):
             raise ValueError(f"there is no command {word}; there are "
                              f"{' '.join(name for names in COMMANDS for name in names)}")
@@ -187,25 +218,8 @@ class Terminal:
             if question:
                 self.ask_with_waiting(question)
             elif not files:
-                self.images("")                                 # only images that were shown already
+                self.list_images()                              # only images that were shown already
         return True
-
-
-COMMANDS = {
-    ("/image",): "FILE…: show images", ("/images",): "which images are shown",
-    ("/undo",): "take the last round back", ("/again",): "answer the last question again",
-    ("/clear", "/new"): "start over, without images",
-    ("/save",): "FILE.json: keep the conversation; FILE.html: a page that shows where each word looked",
-    ("/load",): "FILE.json: go on with a conversation", ("/stats",): "speed, and how full the context is",
-    ("/help",): "this list", ("/quit", "/exit", "/bye"): "end, as Ctrl-D does; Ctrl-C stops an answer"}
-
-
-def file_in(text: str, suffixes: tuple[str, ...]) -> Path:
-    """The file that a command names; raises ValueError where it does not end as expected."""
-    path = as_path(text.strip("\"'`"))
-    if path.suffix not in suffixes:
-        raise ValueError(f"expected a name that ends in {' or '.join(suffixes)}, found {text or 'none'}")
-    return path
 
 
 # ---- lines and keys ----
@@ -231,7 +245,14 @@ def prepare_keys():
         readline.read_history_file(history)
     readline.set_history_length(1000)
     readline.set_completer_delims(" \t\n\"'`")
-    readline.set_completer(lambda text, n: (completions(text, readline.get_line_buffer()) + [None])[n])
+    found = []
+
+    def complete(text: str, n: int) -> str | None:              # asked with n = 0, 1, … until there is no more
+        if n == 0:
+            found[:] = completions(text, readline.get_line_buffer())
+        return found[n] if n < len(found) else None
+
+    readline.set_completer(complete)
     for setting in ("tab: complete", "set enable-bracketed-paste on"):
         readline.parse_and_bind(setting)
 
@@ -248,7 +269,7 @@ def converse(terminal: Terminal) -> bool:
     good, asks = True, sys.stdin.isatty()
     if asks:
         prepare_keys()
-        terminal.say("Ask about the images; name an image file to add it. /help lists what else there is.")
+        terminal.say(f"{GREETING} /help lists what else there is.")
     while True:
         try:
             line = input("> " if asks else "")
@@ -261,26 +282,29 @@ def converse(terminal: Terminal) -> bool:
                 print()
             return good
         except KeyboardInterrupt:                               # clears a line or ends an answer, no more
-            print("\nstopped; /quit or Ctrl-D ends the conversation")
-        except (OSError, ValueError) as error:
+            if not asks:
+                raise
+            print("\nstopped; /quit or Ctrl-D ends the conversation", file=sys.stderr)
+        except (OSError, ValueError, torch.OutOfMemoryError) as error:
             print(printable(str(error)), file=sys.stderr, flush=True)
             good = False
-            # Else no later line would do.
-            terminal.waiting = [file for file in terminal.waiting if can_be_read(file)]
+            terminal.drop_unreadable()
 
 
 # ---- the options ----
 
 def what_is_wrong(options: argparse.Namespace) -> str:
-    """What cannot be meant, in a line, or ''; makes the sampling of the options."""
-    try:
-        options.sampling = Sampling(options.temperature, options.top_k, options.top_p, options.repetition_penalty)
-    except ValueError as error:
-        return str(error)
+    """What cannot be meant, in a line, or ''."""
     if options.question and not all(question.strip() for question in options.question):
         return "--question: an empty one; expected a question, or the name of an image and a question"
     if options.keep and options.keep.exists() and not options.keep.is_dir():
         return f"--keep {options.keep}: expected a folder, or a name for one"
+    if options.seed is not None and not 0 <= options.seed < 2 ** 63:
+        return f"--seed {options.seed}: expected 0 or more, and no huge number"
+    if options.page and options.page.suffix != ".html":
+        return f"--page {options.page}: expected a name that ends in .html"
+    if options.heatmap and options.heatmap.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
+        return f"--heatmap {options.heatmap}: expected a name that ends in .png, .jpg or .webp"
     if options.max_new_tokens < 1:
         return f"--max-new-tokens {options.max_new_tokens}: expected 1 or more"
     compiler = os.environ.get("CXX") or "g++"                   # torch.compile looks for it in this way
@@ -317,6 +341,10 @@ def read_options(description: str) -> argparse.Namespace:
         help="torch.compile for decoding: the first answers wait for it, later ones are faster; on a CPU the "
              "weights then take half as much memory again")
     options = parser.parse_args()
+    try:
+        options.sampling = Sampling(options.temperature, options.top_k, options.top_p, options.repetition_penalty)
+    except ValueError as error:
+        parser.error(str(error))
     if wrong := what_is_wrong(options):
         parser.error(wrong)
     return options

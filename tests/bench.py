@@ -41,8 +41,8 @@ from safetensors.torch import save_file
 
 import mmca as mmca_module
 from album import KeptFeatures
-from chat import Answered, Chat
-from data import Conversations, collate, encode, pack, to_tensors
+from chat import Chat
+from data import Answered, Conversations, collate, encode, pack, to_tensors
 from decode import compile_step, with_short_weights
 from llama import LLAMA_2, Cache, Llama, LlamaConfig, Tokenizer, read_llama_config
 from mmca import IMAGE, TEXT, compact_attention, mmca, separate
@@ -344,8 +344,7 @@ def chat(options):
         for _ in range(5):
             conversation, seconds = Chat(model, tokenizer), []
             for i, file in enumerate(files[:8]):
-                whole = conversation.encoded([*conversation.rounds, Answered((file,), ("",), question)],
-                                             waits=True)
+                whole = conversation.encoded(Answered((file,), ("",), question))
                 ids, kind = (torch.tensor([values], device=DEVICE) for values in (whole.ids, whole.kind))
                 seconds.append((first_token(partial(answer, conversation, file)),
                                 first_token(partial(again, ids, kind, files[:i + 1]))))

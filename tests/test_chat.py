@@ -26,6 +26,7 @@ from data import Round, encode_round
 from llama import Cache
 from mmca import IMAGE, TEXT
 from pixels import load_pixels
+from saved import load_conversation, save_conversation
 from terminal import newest
 from visualchat import TRAINED, Sampling, save
 
@@ -56,9 +57,10 @@ def from_scratch(chat):
     """The last answer's tokens again and the one after, from the whole history at once, encoded by data.py."""
     history, shown = [], 0
     for one in chat.rounds:
-        new = encode_round(Round(one.images, one.question), shown, not history, chat.tokenizer, 4)
+        images = one.images if history else (*chat.left.images, *one.images)
+        new = encode_round(Round(images, one.question), shown, not history, chat.tokenizer, 4)
         history += list(zip(new.ids, new.kind)) + [(id, TEXT) for id in (*one.ids, chat.tokenizer.eos)]
-        shown += len(one.images)
+        shown += len(images)
     answer = chat.rounds[-1].ids
     cache = Cache(chat.model.llama, 1, 512)
     ids, kind = (torch.tensor([values[:-len(answer) - 1]]) for values in zip(*history))
@@ -84,7 +86,7 @@ def test_answers_equal_those_from_the_whole_history(chat, image_files):
 def test_the_cache_holds_what_a_full_forward_pass_gives(chat, image_files):
     ask(chat, image_files[:2])
     ask(chat, image_files[2:3], 40, pieces=4)
-    encoded, whole = chat.encoded(chat.rounds), Cache(chat.model.llama, 1, 512)
+    encoded, whole = chat.encoded(), Cache(chat.model.llama, 1, 512)
     ids, kind = torch.tensor([encoded.ids]), torch.tensor([encoded.kind])
     with torch.no_grad():
         chat.model.llama(embedded(chat, ids, kind, image_files[:3]), kind, cache=whole)
@@ -137,9 +139,9 @@ def test_answers_of_100_random_conversations_equal_those_from_the_whole_history(
             if action in ("undo", "again") and not chat.rounds:
                 continue
             if action == "load":
-                chat.save(tmp_path / "talk.json")
+                save_conversation(chat, tmp_path / "talk.json")
                 chat.clear()
-                chat.load(tmp_path / "talk.json")
+                load_conversation(chat, tmp_path / "talk.json")
             if action == "undo":
                 chat.undo()
             last = chat.undo() if action == "again" else None
@@ -175,9 +177,9 @@ def test_a_round_that_is_taken_back_leaves_no_trace(chat, image_files):
 def test_a_saved_conversation_goes_on_with_the_same_answers(chat, image_files, tmp_path):
     ask(chat, image_files[:2])
     ask(chat, [])
-    chat.save(tmp_path / "talk.json")
+    save_conversation(chat, tmp_path / "talk.json")
     expected, loaded = ask(chat, image_files[2:3]), Chat(chat.model, chat.tokenizer)
-    loaded.load(tmp_path / "talk.json")
+    load_conversation(loaded, tmp_path / "talk.json")
     assert [one.question for one in loaded.rounds] == ["?", "?"] and loaded.images == image_files[:2]
     assert ask(loaded, image_files[2:3]) == expected
 
@@ -186,9 +188,9 @@ def test_an_image_without_a_file_is_shown_saved_and_loaded(chat, image_files, tm
     image = Image.open(image_files[0])
     said = chat.ask("?", image, str(image_files[1]), image_files[2])
     assert chat.rounds[0].digests[1] == digest_of(image_files[1]) and isinstance(said, str)
-    chat.save(tmp_path / "talk.json")
+    save_conversation(chat, tmp_path / "talk.json")
     other = Chat(chat.model, chat.tokenizer)
-    other.load(tmp_path / "talk.json")
+    load_conversation(other, tmp_path / "talk.json")
     assert torch.equal(load_pixels(other.images[0], 16), load_pixels(image_files[0], 16))
     assert other.ask("And now?") == chat.ask("And now?")
 
@@ -202,23 +204,23 @@ def test_an_image_without_a_file_is_shown_saved_and_loaded(chat, image_files, tm
     lambda talk: talk["rounds"][0].update(question="a " * 600)])
 def test_a_damaged_conversation_is_refused_and_the_present_one_stays(chat, image_files, tmp_path, damage):
     ask(chat, image_files[:1])
-    chat.save(file := tmp_path / "talk.json")
+    save_conversation(chat, file := tmp_path / "talk.json")
     damage(talk := json.loads(file.read_text()))
     file.write_text(json.dumps(talk))
     before = state(chat)
     with pytest.raises((ValueError, OSError), match="talk.json|none.png"):
-        chat.load(file)
+        load_conversation(chat, file)
     assert state(chat) == before
 
 
 def test_ids_of_another_tokenizer_are_made_anew_from_the_text(chat, image_files, tmp_path):
     ask(chat, image_files[:1])
-    chat.save(file := tmp_path / "talk.json")
+    save_conversation(chat, file := tmp_path / "talk.json")
     talk = json.loads(file.read_text())
     for ids in ([10 ** 6], [-1], "a", [1.5], None):
         talk["rounds"][0] |= {"ids": ids, "answer": "A cat."}
         file.write_text(json.dumps(talk))
-        chat.load(file)
+        load_conversation(chat, file)
         assert chat.rounds[0].ids == chat.tokenizer.encode("A cat.")
 
 
@@ -226,7 +228,7 @@ def test_the_oldest_rounds_are_left_out_but_no_image_where_the_context_is_full(c
     for files in (image_files[:1], [], image_files[1:2], []):
         ask(chat, files)
     chat.model.llama.config = replace(chat.model.llama.config,
-                                      max_position_embeddings=len(chat.encoded(chat.rounds).ids) + 10)
+                                      max_position_embeddings=len(chat.encoded().ids) + 10)
     with pytest.raises(ValueError, match="positions exceed .* --forget"):
         ask(chat, image_files[2:3])
     chat.forgets, given = True, []
@@ -241,7 +243,7 @@ def test_the_oldest_rounds_are_left_out_but_no_image_where_the_context_is_full(c
 def test_a_later_image_gets_the_next_number(chat, image_files):
     for files in (image_files[:2], [], image_files[2:3]):
         ask(chat, files)
-    encoded = chat.encoded(chat.rounds)
+    encoded = chat.encoded()
     text = chat.tokenizer.decode([i for i, kind in zip(encoded.ids, encoded.kind) if kind != IMAGE])
     assert re.findall(r"### Image (\d+):", text) == ["1", "2", "3"] and chat.images == image_files[:3]
 
@@ -265,7 +267,7 @@ def test_an_unreadable_image_leaves_the_conversation_as_it_was(chat, image_files
 
 def test_a_full_context_is_refused_and_leaves_the_conversation_as_it_was(chat, image_files):
     ask(chat, image_files[:1])
-    said = len(chat.encoded(chat.rounds).ids)
+    said = len(chat.encoded().ids)
     new = len(encode_round(Round((), "?"), 1, False, chat.tokenizer, 4).ids)
     chat.model.llama.config = replace(chat.model.llama.config, max_position_embeddings=said + new)
     before = state(chat)
@@ -284,7 +286,7 @@ def test_pieces_join_to_the_answer_and_hold_whole_characters(chat, text):
     chat.model.generate = lambda *_: (torch.tensor([i]) for i in ids)      # a character takes up to four
     pieces = list(chat.stream("?"))
     assert "".join(pieces) == text and not any("\ufffd" in piece for piece in pieces)
-    assert chat.encoded(chat.rounds).ids[-len(ids):] == ids
+    assert chat.encoded().ids[-len(ids):] == ids
 
 
 def test_an_answer_cut_within_a_character_shows_all_that_was_decoded(chat):

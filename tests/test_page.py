@@ -36,7 +36,7 @@ def chat(model, tokenizer, image_files):
 # ---- what is looked at ----
 
 def test_looks_are_the_second_softmax_of_the_formula_at_the_position_that_makes_the_word(chat):
-    encoded, llama = chat.encoded(chat.rounds), chat.model.llama
+    encoded, llama = chat.encoded(), chat.model.llama
     looks = looks_of(chat.model, encoded)
     kind = torch.tensor([encoded.kind])
     seen = {}
@@ -81,7 +81,7 @@ def test_without_an_image_or_without_mmca_there_is_nothing_to_show(chat, model):
         looks_of(model, Encoded([1, 5], [TEXT, TEXT], [-100, 5], []))
     model.llama.attention = "causal"
     with pytest.raises(ValueError, match="trained with mmca"):
-        looks_of(model, chat.encoded(chat.rounds))
+        looks_of(model, chat.encoded())
     assert model.llama.watch is None
 
 
@@ -127,7 +127,7 @@ def test_texts_and_names_are_escaped_and_nothing_comes_from_elsewhere(chat, imag
     data = json.loads(re.search(r'id="data">(.*?)</script>', page)[1])
     layers, words, images, n = data["shape"]
     assert (layers, images, n) == (3, 4, 4) and words == page.count('class="word"') > 0
-    looks = word_looks(chat, looks_of(chat.model, chat.encoded(chat.rounds)))
+    looks = word_looks(chat, looks_of(chat.model, chat.encoded()))
     expected = torch.stack([look for one in looks for _, look in one], dim=1).sum(-1)   # (layers, words, images)
     found = torch.tensor(data["shares"]).view(layers, words, images)
     torch.testing.assert_close(found[1:], expected, atol=1e-4, rtol=0)

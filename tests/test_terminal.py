@@ -122,9 +122,9 @@ def test_images_join_once_where_the_oldest_rounds_are_left_out(chat, image_files
     for _ in range(4):
         terminal.follow("What is it?")
     chat.model.llama.config = replace(chat.model.llama.config,
-                                      max_position_embeddings=len(chat.encoded(chat.rounds).ids) + 5)
+                                      max_position_embeddings=len(chat.encoded().ids) + 5)
     lines_to(terminal, monkeypatch, image_files[0], "Which is it?", "And now?")
-    assert "note: the context was full, so the oldest rounds are left out; all 1 images" in capsys.readouterr().out
+    assert "note: the context was full, so the oldest rounds are left out; their images are still" in capsys.readouterr().out
     assert chat.images == image_files[:1] and terminal.waiting == []
 
 

@@ -27,7 +27,7 @@ from tiny.world import SEEN, draw_scene, random_scene
 from weights import replacing
 
 ASKED = ("color", "shape", "place")
-IMAGES, QUESTIONS = 3, 4                    # of a conversation
+IMAGES, ASKED_EACH = 3, 4                   # of a conversation
 
 
 def box_shares(image: Image.Image, side: int) -> Tensor:
@@ -42,18 +42,23 @@ def box_shares(image: Image.Image, side: int) -> Tensor:
 
 
 def measured(chat: Chat, n: int, seed: int) -> Iterator[tuple[str, Tensor, Tensor, float]]:
-    """For n right answers: topic, share of the image asked about (layers), of the box in it (layers), its area."""
-    rng, found = random.Random(seed), 0
+    """For n right answers: topic, share of the image asked about (layers), of the box in it (layers), its area.
+
+    Raises ValueError where hardly any answer is right.
+    """
+    rng, found, tried = random.Random(seed), 0, 0
     while found < n:
+        if (tried := tried + ASKED_EACH) > 10 * n + 100:
+            raise ValueError(f"only {found} answers in {tried} are right: is it a result of the tiny world?")
         scenes = [random_scene(rng, [], SEEN) for _ in range(IMAGES)]
         images, asked = [draw_scene(scene, rng) for scene in scenes], []
         chat.clear()
-        for i in range(QUESTIONS):
+        for i in range(ASKED_EACH):
             topic, image = rng.choice(ASKED), rng.randrange(IMAGES)
             question = Wording(plain=True).question(Ask(topic, (image,)), [f"image {image + 1}"], False, rng)
             answer = chat.ask(question, *(images if i == 0 else ()))
             asked.append((topic, image, answer == scenes[image][list(ATTRIBUTES).index(topic)]))
-        looks = looks_of(chat.model, chat.encoded(chat.rounds))
+        looks = looks_of(chat.model, chat.encoded())
         side = round(looks.patches.shape[2] ** 0.5)
         for (topic, image, is_right), words in zip(asked, word_looks(chat, looks)):
             if is_right and found < n:
@@ -88,16 +93,18 @@ def main():
     """Print the shares as a table, and draw them; what cannot be read ends the program with one line."""
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, help="folder of a training result; default the newest under out/")
-    parser.add_argument("--questions", type=int, default=400, help="so many right answers")
+    parser.add_argument("--answers", type=int, default=400, help="so many right answers, 50 or more")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--draw", type=Path, help="an image to draw")
     options = parser.parse_args()
+    if options.answers < 50:                                # then each topic has some
+        parser.error(f"--answers {options.answers}: expected 50 or more")
     try:
         chat = Chat.open(options.model or newest(Path("out")))
-        found = list(tqdm(measured(chat, options.questions, options.seed), total=options.questions, leave=False))
+        found = list(tqdm(measured(chat, options.answers, options.seed), total=options.answers, leave=False))
         topics = {topic: [one for one in found if one[0] == topic] for topic in ASKED}
         layers, boxes = range(1, len(found[0][1]) + 1), {}
-        print("percent of attention     words  " + "".join(f"layer {layer}  " for layer in layers) + "if equal")
+        print("percent of attention   answers  " + "".join(f"layer {layer}  " for layer in layers) + "if equal")
         for topic, ones in topics.items():
             share, box = (torch.stack([one[i] for one in ones]).mean(0).tolist() for i in (1, 2))
             boxes[topic] = [sum(one[3] for one in ones) / len(ones), *box]
