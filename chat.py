@@ -4,8 +4,8 @@
     Chat.open("out/tiny").ask("Describe image 1.", "a.png")       from Python
 
 A round costs only its own tokens, because a cache keeps the keys and values of earlier ones. Needs no deepspeed.
-Before: visualchat.py, data.py. Side rooms: terminal.py (what becomes of a line), names.py (which images it names), saved.py,
-album.py (images that were shown before), decode.py (--compile), page.py (where the model looked).
+Before: visualchat.py, data.py. Side rooms: terminal.py (what becomes of a line), names.py (which images it names),
+saved.py, album.py (images that were shown before), decode.py (--compile), page.py (where the model looked).
 """
 import signal
 import sys
@@ -54,7 +54,7 @@ class ContextFull(ValueError):
 
 
 def check_logits(logits: Tensor):
-    """Raises ValueError where the model computes nonsense: a NaN, or (behind an overflow in RMSNorm) all the same."""
+    """Raises ValueError where a model computes nonsense: a NaN, or all the same, as after an overflow in RMSNorm."""
     if not logits.isfinite().all() or logits.amin() == logits.amax():
         raise ValueError("the model computes values that are no finite numbers, or all the same: are its weights "
                          "damaged?")
@@ -134,8 +134,8 @@ class Chat:
     def leave_out_oldest(self, new: Answered):
         """Leave out the oldest rounds where an answer to `new` has no room, so many that a quarter is free.
 
-        To leave out one at a time would read nearly all anew with every question. Under MMCA the images, which stay,
-        cost nothing more than their positions: their keys and values are known.
+        To leave out one at a time would read nearly all anew with every question. Under MMCA the images, which
+        stay, cost nothing more than their positions: their keys and values are known.
         """
         if len(self.encoded(new).ids) + min(self.max_new_tokens, self.limit // 4) <= self.limit:
             return
@@ -156,8 +156,8 @@ class Chat:
                 self.leave_out_oldest(new)
             whole, fed = self.encoded(new), len(self.cache.past[0])
             if len(whole.ids) >= self.limit:
-                raise ContextFull(f"{len(whole.ids)} positions exceed the {self.limit} of the context: /clear starts "
-                                  "over, and --forget leaves out the oldest rounds")
+                raise ContextFull(f"{len(whole.ids)} positions exceed the {self.limit} of the context: /clear "
+                                  "starts over, and --forget leaves out the oldest rounds")
             ids, kind = (torch.tensor([values[fed:]], device=device) for values in (whole.ids, whole.kind))
             n_fed = whole.kind[:fed].count(IMAGE) // model.vit.config.n_queries
             files, digests = whole.images[n_fed:], [*self.digests, *new.digests][n_fed:]
@@ -208,8 +208,8 @@ class Chat:
     def stream(self, question: str, *images) -> Iterator[str]:
         """Show images (str, Path or PIL image), ask, and yield the answer piece by piece.
 
-        Nothing is asked before the first piece is taken, and an answer that is not read to its end ends there. With
-        that piece come FileNotFoundError or ValueError for an image that cannot be read, and ContextFull; the
+        Nothing is asked before the first piece is taken, and an answer that is not read to its end ends there.
+        With that piece come FileNotFoundError or ValueError for an image that cannot be read, and ContextFull; the
         conversation is then as it was before.
         """
         self.running.close()

@@ -252,8 +252,9 @@ def main():
     try:
         if options.out.exists():
             raise ValueError(f"{options.out} exists: delete it, or take another --out")
-        if absent := [file for file in (options.out, options.html) if file and not file.absolute().parent.is_dir()]:
-            raise FileNotFoundError(f"no folder {absent[0].parent}, into which {absent[0]} should be written")
+        for file in filter(None, (options.out, options.html)):
+            if not file.absolute().parent.is_dir():
+                raise FileNotFoundError(f"no folder {file.parent}, into which {file} should be written")
         questions = read_questions(options.questions, options.images)
         started = time.monotonic()
         answers = {str(folder): answers_of(folder, questions, options, partial) for folder in options.model}

@@ -56,8 +56,8 @@ def image_file(name: str) -> Path | None:
 
 
 def named(text: str) -> tuple[Path, str] | None:
-    """The image file that a part of a line names, in whatever quotes and brackets, and what stands behind it: marks,
-    or the 's of "a.png's".
+    """The image file that a part of a line names, in whatever quotes and brackets, and what stands behind it:
+    marks, or the 's of "a.png's".
 
     None where it names none; raises as `image_file` does.
     """
@@ -72,7 +72,7 @@ def named(text: str) -> tuple[Path, str] | None:
     return (path, behind) if bare and (path := image_file(bare)) else None
 
 
-def words_of(line: str) -> Iterator[tuple[str, str]]:
+def words_in(line: str) -> Iterator[tuple[str, str]]:
     """(blanks before it, word) of a line. A name may have spaces that nobody marked: then the longest run of words
     that is a file is one word."""
     found, at, before = list(WORD.finditer(line)), 0, 0
@@ -92,7 +92,7 @@ def parse(line: str, first: int, known: Callable[[Path], int | None] = lambda pa
     Within a sentence a name becomes "image 3", counting from `first`; before or after a sentence it is left out.
     known: the number of an image that was shown before; it does not join again. Raises as `image_file` does.
     """
-    words, files, numbers, question, says_more = list(words_of(line)), [], {}, "", False
+    words, files, numbers, question, says_more = list(words_in(line)), [], {}, "", False
     for i, (blanks, word) in enumerate(words):
         if not (found := named(word)):
             question, says_more = question + blanks * bool(question) + word, True
@@ -113,12 +113,12 @@ def parse(line: str, first: int, known: Callable[[Path], int | None] = lambda pa
 
 # ---- numbers ----
 
-CARDINALS = "one two three four five six seven eight nine ten".split()
-ORDINALS = "first second third fourth fifth sixth seventh eighth ninth tenth".split()
-COUNTED = {word: n for words in (CARDINALS, ORDINALS) for n, word in enumerate(words, 1)}
+CARDINAL_WORDS = "one two three four five six seven eight nine ten".split()
+ORDINAL_WORDS = "first second third fourth fifth sixth seventh eighth ninth tenth".split()
+COUNTED = {word: n for words in (CARDINAL_WORDS, ORDINAL_WORDS) for n, word in enumerate(words, 1)}
 AN_IMAGE = r"(?:images?|pictures?|photos?|photographs?|pics?|imgs?)"
-CARDINAL = rf"(?:\d{{1,9}}|{'|'.join(CARDINALS)})"
-ORDINAL = rf"(?:\d{{1,9}}(?:st|nd|rd|th)|{'|'.join(ORDINALS)})"
+CARDINAL = rf"(?:\d{{1,9}}|{'|'.join(CARDINAL_WORDS)})"
+ORDINAL = rf"(?:\d{{1,9}}(?:st|nd|rd|th)|{'|'.join(ORDINAL_WORDS)})"
 NUMBERED = re.compile(                          # "images 1, 2 and 3", or "the first and the second image"
     rf"\b{AN_IMAGE}\s*(?:no\.?\s*|number\s*|#\s*)?"
     rf"({CARDINAL}(?:(?:\s*[,&]\s*(?:and\s+)?|\s+(?:and|or|to|with)\s+){CARDINAL})*)\b|"
@@ -131,7 +131,8 @@ def absent(question: str, n_images: int) -> str:
         return "no image is shown yet: name a file to show one"
     found = [word for match in NUMBERED.finditer(question.lower())
              for word in re.findall(r"\d+|[a-z]+", match[1] or match[2])]
-    numbers = {int(word) if word.isdigit() else COUNTED[word] for word in found if word.isdigit() or word in COUNTED}
+    numbers = {int(word) if word.isdigit() else COUNTED[word] for word in found
+               if word.isdigit() or word in COUNTED}
     wrong = sorted(number for number in numbers if not 1 <= number <= n_images)
     return (f"there is no image {' or '.join(map(str, wrong))}: {n_images} "
             f"{'is' if n_images == 1 else 'are'} shown") if wrong else ""

@@ -1,6 +1,7 @@
 """How does a conversation outlive its program? A JSON file with its rounds; images by the names of their files.
 
-In what follows `chat` is a chat.Chat; chat.py imports this file, and not the other way round. Side room of chat.py.
+In what follows `chat` is a chat.Chat; chat.py imports this file, and not the other way round. Side room of
+chat.py.
 """
 import base64
 import binascii
@@ -34,10 +35,11 @@ def are_ids_of(ids, answer: str, chat) -> bool:
 
 
 def read_round(one: dict, chat) -> Answered:
-    """A round that was saved; raises as `load_conversation` does, and TypeError, LookupError and AttributeError."""
+    """A round that was saved; raises as `load_conversation`, and TypeError, LookupError and AttributeError."""
     images = tuple(InMemory(base64.b64decode(name.removeprefix(DATA_URL), validate=True))
                    if name.startswith(DATA_URL) else Path(name) for name in one["images"])
-    if not all(isinstance(one[name], str) for name in ("question", "answer")) or len(images) != len(one["digests"]):
+    texts = one["question"], one["answer"]
+    if not all(isinstance(text, str) for text in texts) or len(images) != len(one["digests"]):
         raise TypeError("a question and an answer are texts, and each image has a digest")
     for image, digest in zip(images, one["digests"]):
         read_image(image)

@@ -21,7 +21,7 @@ import torch
 from album import digest_of
 from data import ImageFile
 from mmca import ATTENTION
-from names import absent, as_path, named, parse, words_of
+from names import absent, as_path, named, parse, words_in
 from page import write_page
 from pixels import can_be_read, read_image
 from saved import load_conversation, save_conversation
@@ -138,7 +138,7 @@ class Terminal:
     # The commands; each gets what stands behind it in the line.
 
     def image(self, rest: str):
-        for _, word in words_of(rest):
+        for _, word in words_in(rest):
             if not named(word):
                 raise FileNotFoundError(f"no image {word}")
         files, _ = parse(rest, 0, self.number_of)               # the number counts in a question alone

@@ -6,6 +6,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -236,6 +237,48 @@ def test_the_oldest_rounds_are_left_out_but_no_image_where_the_context_is_full(c
     ask(chat, [])
     assert len(chat.rounds) < 5 and chat.images == image_files[:2] and not given     # the images are known
     assert chat.rounds[-1].ids == from_scratch(chat)[:-1]
+
+
+def test_images_of_rounds_that_were_left_out_stay_when_the_last_round_is_taken_back(chat, image_files, tmp_path):
+    for files in (image_files[:1], image_files[1:2]):
+        ask(chat, files)
+    chat.model.llama.config = replace(chat.model.llama.config, max_position_embeddings=len(chat.encoded().ids) + 10)
+    chat.forgets = True
+    ask(chat, image_files[2:3])
+    assert len(chat.rounds) == 1 and chat.left.images == tuple(image_files[:2])
+    save_conversation(chat, tmp_path / "talk.json")
+    chat.undo()
+    assert chat.rounds == [] and chat.images == image_files[:2]
+    assert ask(chat, []) == from_scratch(chat)[:-1]
+    load_conversation(chat, tmp_path / "talk.json")
+    assert chat.images == image_files[:3] and chat.digests == [digest_of(file) for file in image_files[:3]]
+    chat.clear()
+    assert chat.images == [] and chat.left.images == ()
+
+
+def test_a_question_that_fails_brings_back_what_was_left_out_for_it(chat, image_files, tmp_path):
+    for _ in range(3):
+        ask(chat, [])
+    chat.model.llama.config = replace(chat.model.llama.config, max_position_embeddings=len(chat.encoded().ids) + 10)
+    chat.forgets, before = True, copy.deepcopy(chat.rounds)
+    (tmp_path / "bad.png").write_text("no image")
+    with pytest.raises(ValueError, match="bad.png"):
+        chat.ask("?", tmp_path / "bad.png")
+    assert chat.rounds == before and chat.left.images == ()
+    chat.model.llama.config = replace(chat.model.llama.config, max_position_embeddings=512)
+    assert ask(chat, image_files[:1]) == from_scratch(chat)[:-1]
+
+
+def test_an_image_that_changed_since_it_was_saved_is_refused(chat, image_files, tmp_path):
+    shutil.copy(image_files[0], file := tmp_path / "a.png")
+    ask(chat, [file])
+    save_conversation(chat, tmp_path / "talk.json")
+    shutil.copy(image_files[1], file)
+    with pytest.raises(ValueError, match="a.png has changed since"):
+        load_conversation(chat, tmp_path / "talk.json")
+    file.write_text("no image")
+    with pytest.raises(ValueError, match="a.png is no readable image"):
+        load_conversation(chat, tmp_path / "talk.json")
 
 
 # ---- images and limits ----

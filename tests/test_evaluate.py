@@ -116,13 +116,15 @@ def test_after_a_kill_the_same_command_goes_on_and_the_table_is_complete(overfit
     run.kill()
     run.communicate()
     kept = [json.loads(line) for line in partial.read_text().splitlines()[1:20]]
-    kept[0]["answers"] = ["kept"] * len(kept[0]["answers"])     # to see that it is not asked again
+    for one in kept:                                            # to see that it is not asked again
+        one["answers"] = ["kept"] * len(one["answers"])
     partial.write_text("".join("\n" + json.dumps(one) for one in kept) + '\n{"asked": "ab')       # and half a line
     printed = begin().communicate(timeout=120)[0]
     assert "240 questions in 120 conversations, 2 models" in printed and not partial.exists(), printed
     rows = list(csv.DictReader(open(folder / "answers.csv", newline="")))
     assert len(rows) == 240 and all(row["answer out/a"] and row["answer out/b"] for row in rows)
-    differing = [row for row in rows if row["answer out/a"] != row["answer out/b"]]
-    assert len(differing) == len(kept[0]["answers"]) and {row["answer out/a"] for row in differing} == {"kept"}
+    # Conversations that are alike, and models, share an answer.
+    alike = {len(one["answers"]) for one in kept}
+    assert sum(row["answer out/a"] == row["answer out/b"] == "kept" for row in rows) == 40 * sum(alike) < 240
     assert (folder / "answers.html").exists()
     assert "answers.csv exists: delete it" in begin().communicate(timeout=120)[0]

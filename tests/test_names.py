@@ -5,13 +5,15 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from names import absent, parse
+from names import absent, as_file, parse
+from pixels import read_image
 
 
 @pytest.fixture
 def here(tmp_path, monkeypatch):
     """A working folder with some images, two of them with names that need care, and other files."""
-    for name in ("a.png", "b.JPG", "my cat.png", "photo(1).png", "it's.png", "scan"):
+    for name in ("a.png", "b.JPG", "my cat.png", "photo(1).png", "it's.png", "scan", "(1).png",
+                 "[cover].png"):
         Image.new("RGB", (4, 4), "red").save(tmp_path / name, "PNG")
     (tmp_path / "report.pdf").write_text("no image")
     (tmp_path / "LICENSE").write_text("no image")
@@ -55,6 +57,12 @@ def here(tmp_path, monkeypatch):
     ("What does report.pdf say?", [], "What does report.pdf say?"),
     ("Is it red and/or blue?", [], "Is it red and/or blue?"), ("A ratio of 3/4?", [], "A ratio of 3/4?"),
     ("image 2?", [], "image 2?"),
+    ("two\nlines,  a.png   and\nmore", ["a.png"], "two\nlines,  image 3   and\nmore"),
+    # at the beginning of a sentence that goes on with it
+    ("a.png and b.JPG: what changed?", ["a.png", "b.JPG"], "image 3 and image 4: what changed?"),
+    ("a.png's shape?", ["a.png"], "image 3's shape?"), ("What color is a.png's shape?", ["a.png"],
+                                                        "What color is image 3's shape?"),
+    ("(1).png What is it?", ["(1).png"], "What is it?"), ("Is [cover].png red?", ["[cover].png"], "Is image 3 red?"),
     # twice, and known
     ("a.png a.png Compare a.png with b.JPG.", ["a.png", "b.JPG"],
      "image 3: Compare image 3 with image 4."),
@@ -105,7 +113,7 @@ def test_a_file_that_is_named_by_a_path_but_is_no_image_is_taken_for_one_so_that
     ("From image 8 to image 9?", 3, "8 or 9"), ("the first and the fifth image", 3, "5"),
     ("Image no. 5", 3, "5"), ("PHOTO NUMBER 12", 3, "12"), ("image 1 or image 3?", 3, ""),
     ("Are there 7 shapes in image 2?", 3, ""), ("the first image", 1, ""), ("Is image 3 one of 12 photos?", 3, ""),
-    ("What is it?", 1, ""), ("imagine 9 cats", 1, "")])
+    ("What is it?", 1, ""), ("imagine 9 cats", 1, ""), (f"image {'9' * 5000}?", 1, "")])
 def test_a_number_without_an_image_is_noted(question, n_images, numbers):
     note = absent(question, n_images)
     assert note.startswith(f"there is no image {numbers}: {n_images}") if numbers else note == ""
@@ -113,3 +121,16 @@ def test_a_number_without_an_image_is_noted(question, n_images, numbers):
 
 def test_a_question_without_any_image_is_noted():
     assert absent("Hello!", 0) == "no image is shown yet: name a file to show one"
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "RGBA", "CMYK", "YCbCr", "I", "F"])
+def test_an_image_from_python_can_have_any_mode(mode):
+    image = as_file(Image.new("RGB", (5, 4), "red").convert(mode))
+    assert read_image(image).size == (5, 4) and str(image) == "an image without a file"
+
+
+def test_an_image_from_python_stands_upright_as_its_exif_says(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (8, 4)).save(tmp_path / "a.jpg", exif=exif)
+    assert read_image(as_file(Image.open(tmp_path / "a.jpg"))).size == (4, 8)

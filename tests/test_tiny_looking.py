@@ -14,7 +14,8 @@ from training import ROOT
 
 def test_the_box_covers_the_object_and_nothing_else():
     image = Image.new("RGB", (224, 224), (200, 200, 200))
-    ImageDraw.Draw(image).rectangle((28, 56, 83, 111), (40, 92, 200))      # two by two of 8 × 8 patches, from (1, 2)
+    # Two by two of 8 × 8 patches, from (1, 2) on.
+    ImageDraw.Draw(image).rectangle((28, 56, 83, 111), (40, 92, 200))
     expected = torch.zeros(8, 8)
     expected[2:4, 1:3] = 1
     assert torch.equal(box_shares(image, 8).view(8, 8), expected)
