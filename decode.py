@@ -1,6 +1,8 @@
-"""How fast can one token be? The forward pass of llama.py for one more text token, compiled by torch.compile.
+"""How fast can one token be? The forward pass of llama.py for one more text token, in two forms.
 
-It goes through the same layers as everything else. Three things are done for the compiler. The pass is a function
+Both go through the same layers as everything else. `step_of_many` takes one token for each of many conversations:
+keys and values are padded, so that all of them are one product. `compile_step` is for a single conversation and for
+torch.compile. Three things are done for the compiler. The pass is a function
 of tensors alone, so that a growing conversation needs no new compilation. Attention is written with sums, which
 the compiler fuses. And float32 weights whose values fit into 16 bits, as those of LLaMA-2's files do, are read as
 16 bits, which halves the bytes. Optional: `python chat.py --compile`. Side room of llama.py.
@@ -9,6 +11,7 @@ import copy
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llama import Cache, Llama, Pass
@@ -16,6 +19,55 @@ from mmca import TEXT, separate
 
 ONE_TEXT_TOKEN = torch.tensor([[TEXT]])     # its `kind` (1, 1)
 
+
+# ---- many conversations ----
+
+def attend_padded(q: Tensor, kv: Tensor, counts: Tensor) -> Tensor:
+    """Queries q (B, H, D) attend to the first counts (B) of their keys and values kv (B, 2, H_kv, S, D).
+
+    Returns (B, H, D), zeros where there is no key. What lies behind the first ones must be numbers: 0 · NaN is NaN.
+    """
+    mask = torch.arange(kv.shape[3], device=q.device) < counts[:, None]                         # (B, S)
+    out = F.scaled_dot_product_attention(q[:, :, None], *kv.unbind(1), attn_mask=mask[:, None, None],
+                                         enable_gqa=q.shape[1] != kv.shape[2])[:, :, 0]
+    return out.where((counts > 0)[:, None, None], 0)
+
+
+def step_of_many(llama: Llama, ended: Tensor) -> Callable[[Tensor, Cache], Tensor]:
+    """`Llama.next_logits` for many conversations; raises as it does.
+
+    ended (B) bool on the CPU, which the caller may change between steps: those conversations cost nothing, their
+    cache stays as it is, and their logits are zeros.
+    """
+    @torch.no_grad()
+    def step(token: Tensor, cache: Cache) -> Tensor:
+        rows = (~ended).nonzero()[:, 0]                                                         # (b), at most B
+        kind = torch.full((1, len(rows)), TEXT, device=token.device)
+        layout = separate(kind, [1] * len(rows), [cache.past[row] for row in rows])
+        cache.begin(layout)
+        n_text, n_image = torch.tensor(cache.counts, device=token.device).T                     # (b) each
+        rows, text, image = rows.to(token.device), int(n_text.max()), int(n_image.max())
+
+        def attend(number: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            cache.text[number][rows, :, :, n_text - 1] = torch.stack((k, v), dim=1)
+            out = attend_padded(q, cache.text[number][rows, :, :, :text], n_text)               # the first softmax
+            if image:
+                out = out + attend_padded(q, cache.image[number][rows, :, :, :image], n_image)      # the second
+            return out
+
+        x, shared = llama.embed_tokens(token[rows]), Pass(len(rows), cache.rope[:, layout.position], attend)
+        for number, layer in enumerate(llama.layers):
+            x = layer(x, shared, number)
+        cache.past = list(cache.past)
+        for row, segment in zip(rows.tolist(), layout.segments):
+            cache.past[row] = segment.kind
+        logits = llama.lm_head(llama.norm(x))
+        return logits.new_zeros(len(token), logits.shape[1]).index_copy(0, rows, logits)
+
+    return step
+
+
+# ---- one conversation, compiled ----
 
 class ShortLinear(nn.Module):
     """A linear layer without bias for one row x (1, in), whose weight (out, in) is kept in 16 bits.

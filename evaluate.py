@@ -15,7 +15,6 @@ import hashlib
 import html
 import json
 import sys
-import time
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -29,6 +28,7 @@ from tqdm import tqdm
 from album import digest_of, fingerprint
 from chat import Chat, ContextFull, check_logits
 from data import Encoded, Round, collate, encode, encode_round, to_tensors
+from decode import step_of_many
 from llama import Cache, Tokenizer
 from page import image_url
 from visualchat import VisualChat, load, towers
@@ -61,7 +61,7 @@ def hold_conversations(model: VisualChat, tokenizer: Tokenizer, conversations: l
     per_image = vision.n_queries if model.llama.attention == "causal" else 0
     text = max(len(encode(rounds, tokenizer, per_image).ids) for rounds in asked)
     cache = Cache(model.llama, n, room=text + (max_new_tokens + 1) * len(asked[0]))
-    shown, said, answers = [0] * n, [[] for _ in range(n)], []
+    shown, said, answers, ended = [0] * n, [[] for _ in range(n)], [], torch.zeros(n, dtype=torch.bool)
     for rounds in zip(*asked, strict=True):
         examples = []
         for i, round_ in enumerate(rounds):
@@ -75,8 +75,9 @@ def hold_conversations(model: VisualChat, tokenizer: Tokenizer, conversations: l
         x = model.embed(ids, kind, model.image_tokens(change_pixels(images)))
         logits = model.prefill(x, kind, cache, batch["lengths"])
         check_logits(logits)
-        tokens, ended, before = [], torch.zeros(n, dtype=torch.bool), cache.past
-        for token in model.generate(logits, cache, max_new_tokens):
+        tokens, before = [], cache.past
+        ended.zero_()
+        for token in model.generate(logits, cache, max_new_tokens, step=step_of_many(model.llama, ended)):
             tokens.append(token.cpu())
             ended |= tokens[-1] == eos
             if ended.all():
@@ -212,8 +213,10 @@ def write_html(path: Path, questions: dict[str, list[Round]], answers: dict[str,
 
 # ---- the program ----
 
-def answers_of(folder: Path, questions: dict[str, list[Round]], options, partial: Path) -> list[list[str]]:
-    """A model's answers to all conversations; those that `partial` holds are not asked again."""
+def answers_of(folder: Path, questions: dict[str, list[Round]], options,
+               partial: Path) -> tuple[list[list[str]], float]:
+    """A model's answers to all conversations, and how many seconds the model took for them; those that `partial`
+    holds are not asked again."""
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     model, config = load(folder, torch.float32 if device.type == "cpu" else torch.float16, device)
     tokenizer = Tokenizer(towers(config)[0], model.llama.config.vocab_size)
@@ -232,7 +235,8 @@ def answers_of(folder: Path, questions: dict[str, list[Round]], options, partial
             file.flush()
             known[asked[left[i]]] = found
             bar.update(len(found))
-    return [known[one] for one in asked]
+        seconds = bar.format_dict["elapsed"]
+    return [known[one] for one in asked], seconds
 
 
 def main():
@@ -243,7 +247,7 @@ def main():
     parser.add_argument("--out", type=Path, default=Path("answers.csv"), help="the table to write")
     parser.add_argument("--html", type=Path, help="a page to write, with the images")
     parser.add_argument("--images", type=Path, default=Path("."), help="the folder in which the images are named")
-    parser.add_argument("--at-once", type=int, default=32, help="so many conversations are held at the same time")
+    parser.add_argument("--at-once", type=int, default=64, help="so many conversations are held at the same time")
     parser.add_argument("--max-new-tokens", type=int, default=256, help="where an answer is cut")
     options = parser.parse_args()
     if options.at_once < 1 or options.max_new_tokens < 1:
@@ -256,8 +260,10 @@ def main():
             if not file.absolute().parent.is_dir():
                 raise FileNotFoundError(f"no folder {file.parent}, into which {file} should be written")
         questions = read_questions(options.questions, options.images)
-        started = time.monotonic()
-        answers = {str(folder): answers_of(folder, questions, options, partial) for folder in options.model}
+        answers, seconds = {}, 0.0
+        for folder in options.model:
+            answers[str(folder)], its_seconds = answers_of(folder, questions, options, partial)
+            seconds += its_seconds
         if options.html:
             write_html(options.html, questions, answers)
         write_answers(options.out, questions, options.images, answers)      # last, since it is the sign of the end
@@ -267,7 +273,7 @@ def main():
     except KeyboardInterrupt:
         sys.exit(130)
     print(f"{options.out}: {sum(map(len, questions.values()))} questions in {len(questions)} conversations, "
-          f"{len(answers)} models, {time.monotonic() - started:.0f} s")
+          f"{len(answers)} models, {seconds:.1f} s without loading them")
 
 
 if __name__ == "__main__":

@@ -83,18 +83,18 @@ def rotate(x: Tensor, rope: Tensor) -> Tensor:
 class Cache:
     """Keys (after RoPE) and values of the tokens of some conversations, so that each token is computed only once.
 
-    text[layer][conversation] (2, H_kv, room, D) has room for `room` text tokens from the start; the room in
-    image[layer][conversation] grows when it is full. past[conversation] has the kinds of the tokens that are in.
-    It changes when a pass has gone through all layers, so a pass that is interrupted does not count. To take
-    tokens back, put an older `past` back.
+    text[layer] (conversations, 2, H_kv, room, D) has room for `room` text tokens of each from the start; the room
+    in image[layer] grows when it is full. past[conversation] has the kinds of the tokens that are in. It changes
+    when a pass has gone through all layers, so a pass that is interrupted does not count. To take tokens back, put
+    an older `past` back.
     """
 
     def __init__(self, llama: "Llama", conversations: int, room: int):
         config, like = llama.config, llama.norm.weight
         heads = config.num_key_value_heads
-        self.text = [[like.new_empty(2, heads, room, config.head_dim) for _ in range(conversations)]
-                     for _ in llama.layers]
-        self.image = [[like.new_empty(2, heads, 0, config.head_dim)] * conversations for _ in llama.layers]
+        make = like.new_zeros if conversations > 1 else like.new_empty      # decode.py reads room that is not used
+        self.text, self.image = ([make(conversations, 2, heads, n, config.head_dim) for _ in llama.layers]
+                                 for n in (room, 0))
         self.past, self.room = [()] * conversations, room
         # The rotations of all positions; a token looks up its own.
         self.rope = rope_table(torch.arange(config.max_position_embeddings, device=like.device), config.head_dim,
@@ -109,11 +109,11 @@ class Cache:
     def write_images(self, layer: int, number: int, kv: Tensor) -> Tensor:
         """Add kv (2, H_kv, tokens, D) of new image tokens to a conversation; returns that of all its images."""
         after = self.counts[number][1]
-        image = self.image[layer][number]
-        if after > image.shape[2]:      # 2n + 1: for a room that is just full, decode.py would compile anew.
-            image = self.image[layer][number] = F.pad(image, (0, 0, 0, 2 * after + 1 - image.shape[2]))
-        image[:, :, after - kv.shape[2]:after] = kv
-        return image[:, :, :after]
+        if after > (room := self.image[layer].shape[3]):    # 2n + 1: if just full, decode.py would compile anew.
+            self.image[layer] = F.pad(self.image[layer], (0, 0, 0, 2 * after + 1 - room))
+        image = self.image[layer][number, :, :, :after]
+        image[:, :, after - kv.shape[2]:] = kv
+        return image
 
     def extend(self, layer: int, number: int, text: tuple[Tensor, Tensor], image: tuple[Tensor, Tensor]) -> tuple:
         """Add keys and values (1, H_kv, tokens, D) of new tokens to a conversation; returns those of all."""

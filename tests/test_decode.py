@@ -1,4 +1,4 @@
-"""Claims about decode.py: a compiled step gives what a forward pass gives, and is compiled only twice."""
+"""Claims about decode.py: both steps give what a forward pass gives; one is compiled, and only twice."""
 import shutil
 from dataclasses import replace
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from conftest import TINY, tiny
-from decode import compile_step, shortened, with_short_weights
+from decode import compile_step, shortened, step_of_many, with_short_weights
 from llama import Cache
 from mmca import IMAGE, TEXT
 
@@ -68,3 +68,32 @@ def test_steps_are_compiled_twice_however_long_the_conversation_and_however_many
             expected = model.next_logits(token, caches[1])
             torch.testing.assert_close(step(token, caches[0]), expected, atol=1e-4, rtol=0)
     assert graphs["unique_graphs"] - before == 2
+
+@pytest.mark.parametrize("kv_heads", [2, 4])
+def test_a_token_for_each_of_many_conversations_equals_each_alone(kv_heads):
+    """Conversations of different lengths, without and with images; some have ended and stay as they are."""
+    llama, n = tiny("mmca", replace(TINY, num_key_value_heads=kv_heads)), 5
+    kinds = [[TEXT] * 3, [TEXT, IMAGE, IMAGE, TEXT], [IMAGE] * 4 + [TEXT], [TEXT] * 9,
+             [TEXT, *[IMAGE] * 6, TEXT, TEXT]]
+    ended = torch.tensor([False, False, True, False, False])
+    together, alone = Cache(llama, n, 20), [Cache(llama, 1, 20) for _ in range(n)]
+    random = torch.Generator().manual_seed(0)
+    x = [torch.randn(1, len(kind), llama.config.hidden_size, generator=random) for kind in kinds]
+    with torch.no_grad():
+        llama(torch.cat(x, dim=1), torch.tensor([sum(kinds, [])]), lengths=list(map(len, kinds)), cache=together)
+        for one, kind, cache in zip(x, kinds, alone):
+            llama(one, torch.tensor([kind]), cache=cache)
+    step = step_of_many(llama, ended)
+    for token in (torch.tensor([3, 4, 5, 6, 7]), torch.tensor([9, 9, 9, 8, 7])):
+        logits, past = step(token, together), list(together.past)
+        for i, cache in enumerate(alone):
+            if ended[i]:
+                assert not logits[i].any() and past[i] == cache.past[0]
+            else:
+                expected = llama.next_logits(token[i:i + 1], cache)[0]
+                torch.testing.assert_close(logits[i], expected, atol=1e-5, rtol=0)
+                assert past[i] == cache.past[0]
+        ended[0] = True                                         # before the second step another one ends
+    together.room = 4
+    with pytest.raises(ValueError, match="room for 4"):
+        step(token, together)
