@@ -54,7 +54,7 @@ class ContextFull(ValueError):
 
 
 def check_logits(logits: Tensor):
-    """Raises ValueError where a model computes nonsense: a NaN, or all the same, as after an overflow in RMSNorm."""
+    """Raises ValueError where a model computes a NaN, or all the same, as after an overflow in RMSNorm."""
     if not logits.isfinite().all() or logits.amin() == logits.amax():
         raise ValueError("the model computes values that are no finite numbers, or all the same: are its weights "
                          "damaged?")
@@ -256,7 +256,7 @@ def main():
     options = read_options(__doc__)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)               # the program that reads our answers may end first
-    warnings.showwarning = lambda message, *_: print(printable(f"note: {message}"), file=sys.stderr)
+    warnings.showwarning = lambda message, *_: print(printable(f"\nnote: {message}"), file=sys.stderr)
     sys.stdout.reconfigure(errors="backslashreplace")           # not every terminal knows every character
     good = True
     try:

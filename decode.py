@@ -1,8 +1,8 @@
 """How fast can one token be? The forward pass of llama.py for one more text token, in two forms.
 
 Both go through the same layers as everything else. `step_of_many` takes one token for each of many conversations:
-keys and values are padded, so that all of them are one product. `compile_step` is for a single conversation and for
-torch.compile. Three things are done for the compiler. The pass is a function
+keys and values are padded, so that all of them are one product. `compile_step` is for a single conversation and
+for torch.compile. Three things are done for the compiler. The pass is a function
 of tensors alone, so that a growing conversation needs no new compilation. Attention is written with sums, which
 the compiler fuses. And float32 weights whose values fit into 16 bits, as those of LLaMA-2's files do, are read as
 16 bits, which halves the bytes. Optional: `python chat.py --compile`. Side room of llama.py.
@@ -25,7 +25,7 @@ ONE_TEXT_TOKEN = torch.tensor([[TEXT]])     # its `kind` (1, 1)
 def attend_padded(q: Tensor, kv: Tensor, counts: Tensor) -> Tensor:
     """Queries q (B, H, D) attend to the first counts (B) of their keys and values kv (B, 2, H_kv, S, D).
 
-    Returns (B, H, D), zeros where there is no key. What lies behind the first ones must be numbers: 0 · NaN is NaN.
+    Returns (B, H, D), zeros where there is no key. What lies behind must be numbers, too: 0 · NaN is NaN.
     """
     mask = torch.arange(kv.shape[3], device=q.device) < counts[:, None]                         # (B, S)
     out = F.scaled_dot_product_attention(q[:, :, None], *kv.unbind(1), attn_mask=mask[:, None, None],
@@ -41,6 +41,7 @@ def step_of_many(llama: Llama, ended: Tensor) -> Callable[[Tensor, Cache], Tenso
     """
     @torch.no_grad()
     def step(token: Tensor, cache: Cache) -> Tensor:
+        """`Llama.next_logits` for those that have not ended."""
         rows = (~ended).nonzero()[:, 0]                                                         # (b), at most B
         kind = torch.full((1, len(rows)), TEXT, device=token.device)
         layout = separate(kind, [1] * len(rows), [cache.past[row] for row in rows])

@@ -65,15 +65,14 @@ def hold_conversations(model: VisualChat, tokenizer: Tokenizer, conversations: l
     for rounds in zip(*asked, strict=True):
         examples = []
         for i, round_ in enumerate(rounds):
-            new = Encoded([], [], [], [])
-            new.add_text(said[i])                               # the cache lacks the last answer
+            (new := Encoded([], [], [], [])).add_text(said[i])                      # the cache lacks it
             question = encode_round(round_, shown[i], not answers, tokenizer, vision.n_queries)
             examples.append(to_tensors(new + question, vision.image_size))
             shown[i] += len(round_.images)
         batch = collate(examples)
         ids, kind, images = (batch[name].to(device) for name in ("ids", "kind", "images"))
-        x = model.embed(ids, kind, model.image_tokens(change_pixels(images)))
-        logits = model.prefill(x, kind, cache, batch["lengths"])
+        logits = model.prefill(model.embed(ids, kind, model.image_tokens(change_pixels(images))), kind, cache,
+                               batch["lengths"])
         check_logits(logits)
         tokens, before = [], cache.past
         ended.zero_()
@@ -84,8 +83,8 @@ def hold_conversations(model: VisualChat, tokenizer: Tokenizer, conversations: l
                 break
         # Answers end at different times. So they are taken back, and the next round brings them, each up to </s>.
         cache.past = before
-        found = torch.stack(tokens, dim=1).tolist()
-        found = [answer[:answer.index(eos)] if eos in answer else answer for answer in found]
+        found = [answer[:answer.index(eos)] if eos in answer else answer
+                 for answer in torch.stack(tokens, dim=1).tolist()]
         said = [[*answer, eos] for answer in found]
         answers.append([tokenizer.decode(answer) for answer in found])
     return [list(each) for each in zip(*answers)]

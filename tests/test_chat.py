@@ -242,7 +242,8 @@ def test_the_oldest_rounds_are_left_out_but_no_image_where_the_context_is_full(c
 def test_images_of_rounds_that_were_left_out_stay_when_the_last_round_is_taken_back(chat, image_files, tmp_path):
     for files in (image_files[:1], image_files[1:2]):
         ask(chat, files)
-    chat.model.llama.config = replace(chat.model.llama.config, max_position_embeddings=len(chat.encoded().ids) + 10)
+    limit = len(chat.encoded().ids) + 10
+    chat.model.llama.config = replace(chat.model.llama.config, max_position_embeddings=limit)
     chat.forgets = True
     ask(chat, image_files[2:3])
     assert len(chat.rounds) == 1 and chat.left.images == tuple(image_files[:2])
@@ -259,7 +260,8 @@ def test_images_of_rounds_that_were_left_out_stay_when_the_last_round_is_taken_b
 def test_a_question_that_fails_brings_back_what_was_left_out_for_it(chat, image_files, tmp_path):
     for _ in range(3):
         ask(chat, [])
-    chat.model.llama.config = replace(chat.model.llama.config, max_position_embeddings=len(chat.encoded().ids) + 10)
+    limit = len(chat.encoded().ids) + 10
+    chat.model.llama.config = replace(chat.model.llama.config, max_position_embeddings=limit)
     chat.forgets, before = True, copy.deepcopy(chat.rounds)
     (tmp_path / "bad.png").write_text("no image")
     with pytest.raises(ValueError, match="bad.png"):

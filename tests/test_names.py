@@ -62,7 +62,8 @@ def here(tmp_path, monkeypatch):
     ("a.png and b.JPG: what changed?", ["a.png", "b.JPG"], "image 3 and image 4: what changed?"),
     ("a.png's shape?", ["a.png"], "image 3's shape?"), ("What color is a.png's shape?", ["a.png"],
                                                         "What color is image 3's shape?"),
-    ("(1).png What is it?", ["(1).png"], "What is it?"), ("Is [cover].png red?", ["[cover].png"], "Is image 3 red?"),
+    ("(1).png What is it?", ["(1).png"], "What is it?"),
+    ("Is [cover].png red?", ["[cover].png"], "Is image 3 red?"),
     # twice, and known
     ("a.png a.png Compare a.png with b.JPG.", ["a.png", "b.JPG"],
      "image 3: Compare image 3 with image 4."),
