@@ -32,7 +32,10 @@ def ignore_signals(worker: int):
 
 
 def workers_that_fit(options: Options, conversations: Conversations, say: Callable[[str], None]) -> Options:
-    """The options, without workers where the batches they keep ready could fill the memory they share with us."""
+    """The options, without workers where the batches they keep ready could fill the memory they share with us.
+
+    All ranks of a machine share it, so it is all of a step's conversations that must fit.
+    """
     shared, features, size = Path("/dev/shm"), conversations.features, conversations.vision.image_size
     if not options.workers or not shared.is_dir():
         return options
@@ -46,9 +49,10 @@ def workers_that_fit(options: Options, conversations: Conversations, say: Callab
     return replace(options, workers=0)
 
 
-def loader_failed(reason: str) -> str:
-    return (f"the processes that open images failed: {reason} If the memory that processes share, /dev/shm, is "
-            "full, make it larger (in Docker with --shm-size), or take --workers 0")
+def failure_text(reason: str) -> str:
+    """What to say where workers fail: the first line of the reason, and what helps."""
+    return (f"the processes that open images failed: {reason.splitlines()[0].strip(' .')}. If the memory that "
+            "processes share, /dev/shm, is full, make it larger (in Docker with --shm-size), or take --workers 0")
 
 
 def packed(examples: list[dict[str, Tensor]], positions: int) -> list[dict]:
@@ -62,7 +66,7 @@ def packed(examples: list[dict[str, Tensor]], positions: int) -> list[dict]:
         for x in (x for batch in batches for x in batch.values() if get_worker_info() and isinstance(x, Tensor)):
             x.share_memory_()
     except RuntimeError as error:
-        raise ValueError(loader_failed(f"{error}.")) from error
+        raise ValueError(failure_text(str(error))) from error
     return batches
 
 
@@ -77,9 +81,9 @@ def loader(conversations: Conversations, indices: list[int], options: Options) -
                               worker_init_fn=ignore_signals, pin_memory=torch.cuda.is_available(),
                               timeout=600 if options.workers else 0)    # seconds, then a worker counts as lost
     except RuntimeError as error:
-        if "DataLoader" not in str(error) or str(error).startswith("Caught"):       # that is a mistake in our code
+        if "DataLoader" not in str(error) or str(error).startswith("Caught"):       # an error within a worker
             raise
-        raise ValueError(loader_failed(str(error).splitlines()[0])) from error
+        raise ValueError(failure_text(str(error))) from error
 
 
 def blank_batch(conversations: Conversations) -> dict:

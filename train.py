@@ -29,7 +29,7 @@ from checkpoint import (Stop, has_ended, identity, image_names, is_lost_rank, la
                         read_log, remove_checkpoints, save_checkpoint, trained, write_log, writing)
 from data import Conversations, order, split
 from llama import Tokenizer
-from loader import blank_batch, end_workers, loader, loader_failed, workers_that_fit
+from loader import blank_batch, end_workers, failure_text, loader, workers_that_fit
 from recipe import Options, command_line
 from sources import count_as_there, n_sharing, read_datasets
 from tiny.world import DATA, ensure
@@ -346,7 +346,7 @@ def main():
         sys.exit(printable("train.py: " + str(error).strip().rpartition("ValueError: " if in_worker else "\0")[2]))
     except RuntimeError as error:
         if str(error).startswith("DataLoader worker"):          # was killed; PyTorch says so wherever we are
-            sys.exit(f"train.py: {loader_failed(str(error).splitlines()[0])}")
+            sys.exit(f"train.py: {failure_text(str(error))}")
         if not is_lost_rank(error):
             raise
         sys.exit(f"train.py: rank {dist.get_rank()} lost another rank, which was killed or does not answer: go on "
