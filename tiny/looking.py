@@ -71,7 +71,7 @@ def measured(chat: Chat, n: int, seed: int) -> Iterator[tuple[str, Tensor, Tenso
 
 def draw(lines: dict[str, list[float]], path: Path, height: int = 260):
     """Bars: for each topic a group per layer, share of the box; the gray line is its share of the area."""
-    layers = len(next(iter(lines.values()))) - 1
+    layers, most = len(next(iter(lines.values()))) - 1, max(map(max, lines.values()))
     image = Image.new("RGB", (60 + len(lines) * (layers * 40 + 40), height + 60), "white")
     pen = ImageDraw.Draw(image)
     pen.text((20, 6), "attention inside the object's box, by layer; gray: its share of the area", "black",
@@ -79,10 +79,10 @@ def draw(lines: dict[str, list[float]], path: Path, height: int = 260):
     for group, (topic, (area, *shares)) in enumerate(lines.items()):
         left = 40 + group * (layers * 40 + 40)
         for layer, share in enumerate(shares):
-            top = height + 30 - share * height
+            top = height + 30 - share / most * (height - 20)
             pen.rectangle((left + layer * 40, top, left + layer * 40 + 30, height + 30), "#DD8452")
-            pen.text((left + layer * 40 + 15, top), f"{share:.0%}", "black", anchor="mb", font_size=12)
-        level = height + 30 - area * height
+            pen.text((left + layer * 40 + 15, top - 3), f"{share:.0%}", "black", anchor="mb", font_size=12)
+        level = height + 30 - area / most * (height - 20)
         pen.line((left - 5, level, left + layers * 40 - 5, level), "#777777", 2)
         pen.text((left + layers * 20, height + 36), topic, "black", anchor="ma", font_size=14)
     with replacing(path) as unfinished:
