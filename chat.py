@@ -195,7 +195,7 @@ class Chat:
     @torch.no_grad()
     def pieces(self, question: str, files: list[ImageFile]) -> Iterator[str]:
         """Begin a round, and yield its answer; whatever ends it, new images are kept."""
-        started = time.perf_counter()
+        started, question = time.perf_counter(), " ".join(question.split())     # no line breaks, as in training
         logits = self.begin_round(Answered(tuple(files), tuple(digest_of(file) for file in files), question))
         try:
             yield from in_pieces(self.answer(logits, self.rounds[-1], started), self.tokenizer)
@@ -224,7 +224,7 @@ class Chat:
         """Take the last round back, with its images; raises ValueError where there is none."""
         self.running.close()
         if not self.rounds:
-            raise ValueError("there is no round to take back")
+            raise ValueError("there is no round yet")
         *self.rounds, last = self.rounds
         self.cache.past = [self.cache.past[0][:len(self.encoded().ids)]]
         return last

@@ -140,7 +140,7 @@ def read_questions(path: Path, folder: Path) -> dict[str, list[Round]]:
                 if not (folder / image).is_file():
                     raise FileNotFoundError(f"{path}, {name:.60}: no image {folder / image!s:.300}; --images "
                                             "names the folder")
-            found[name].append(Round(tuple(folder / image for image in names), question))
+            found[name].append(Round(tuple(folder / image for image in names), " ".join(question.split())))
     if not found:
         raise ValueError(f"{path} holds no conversation")
     return found
@@ -272,7 +272,7 @@ def main():
     except KeyboardInterrupt:
         sys.exit(130)
     print(f"{options.out}: {sum(map(len, questions.values()))} questions in {len(questions)} conversations, "
-          f"{len(answers)} models, {seconds:.1f} s without loading them")
+          f"{len(answers)} model{'s' * (len(answers) > 1)}, {seconds:.1f} s without loading")
 
 
 if __name__ == "__main__":

@@ -50,7 +50,8 @@ def image_file(name: str) -> Path | None:
     looks_like_one = path.suffix.lower() in SUFFIXES and path.stem
     if not os.path.isfile(path):
         if is_path or looks_like_one:
-            raise FileNotFoundError(f"no image {name}")
+            what = "is a folder, and an image is expected" if os.path.isdir(path) else "does not exist"
+            raise FileNotFoundError(f"no image {name}: it {what}")
         return None
     return path if is_path or looks_like_one or can_be_read(path) else None
 
@@ -153,8 +154,11 @@ class InMemory:
 
 
 def as_file(image) -> ImageFile:
-    """An image that is named by a str or a Path, or a PIL image, as the other files want it."""
+    """An image that is named by a str or a Path, or a PIL image, as the other files want it; raises TypeError."""
     if isinstance(image, Image.Image):
         as_rgb(ImageOps.exif_transpose(image)).save(content := BytesIO(), "PNG")
         return InMemory(content.getvalue())
+    if not hasattr(image, "read_bytes") and not isinstance(image, str):
+        raise TypeError(f"an image is a name, a Path or a PIL image, found a {type(image).__name__}; several "
+                        "images are given one after the other")
     return Path(image) if isinstance(image, str) else image

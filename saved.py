@@ -59,7 +59,8 @@ def load_conversation(chat, path: Path):
         found = read_json(path)
         left, *rounds = (read_round(one, chat) for one in (found["left"], *found["rounds"]))
     except (TypeError, LookupError, AttributeError, binascii.Error) as error:
-        raise ValueError(f"{path} is no conversation that was saved here: {error}") from error
+        reason = f"{error} is absent" if isinstance(error, KeyError) else error
+        raise ValueError(f"{path} is no conversation that was saved here: {reason}") from error
     chat.rounds, chat.left = rounds, left
     if (n := len(chat.encoded().ids)) >= chat.limit:
         chat.rounds, chat.left = before

@@ -141,7 +141,7 @@ class Terminal:
         for _, word in words_in(rest):
             if not named(word):
                 raise FileNotFoundError(f"no image {word}")
-        files, _ = parse(rest, 0, self.number_of)               # the number counts in a question alone
+        files, _ = parse(rest, 1, self.number_of)               # the number counts in a question alone
         if not rest:
             raise ValueError("no image is named: expected /image FILE")
         self.show(files)
@@ -161,7 +161,10 @@ class Terminal:
             self.say(f"taken back: {n} image{'s' * (n > 1)} that waited for a question")
             self.waiting = []
         else:
-            self.say(f"taken back: {self.chat.undo().question}")
+            n = len(self.chat.images)
+            taken = self.chat.undo()
+            numbers = range(len(self.chat.images) + 1, n + 1)
+            self.say(f"taken back: {', '.join((taken.question, *(f'image {number}' for number in numbers)))}")
 
     def again(self, rest: str):
         for file in self.chat.rounds[-1].images if self.chat.rounds else ():
@@ -224,15 +227,16 @@ class Terminal:
 
 # ---- lines and keys ----
 
-def completions(text: str, line: str) -> list[str]:
-    """Commands, at the beginning of a line, and files, that begin like a text."""
+def completions(text: str, line: str, quoted: bool = False) -> list[str]:
+    """Commands, at the beginning of a line, and files, that begin like a text. quoted: it is behind a quote."""
     commands = [f"{name} " for names in COMMANDS for name in names if line == text and name.startswith(text)]
     folder, start = os.path.split(text)
     try:
         files = sorted(os.scandir(os.path.expanduser(folder) or "."), key=lambda file: file.name)
     except OSError:
         files = []
-    return commands + [os.path.join(folder, file.name.replace(" ", "\\ ")) + ("/" if file.is_dir() else " ")
+    return commands + [os.path.join(folder, file.name if quoted else file.name.replace(" ", "\\ ")) +
+                       ("/" if file.is_dir() else "" if quoted else " ")
                        for file in files if file.name.startswith(start) and (start or file.name[0] != ".")]
 
 
@@ -249,7 +253,8 @@ def prepare_keys():
 
     def complete(text: str, n: int) -> str | None:              # asked with n = 0, 1, … until there is no more
         if n == 0:
-            found[:] = completions(text, readline.get_line_buffer())
+            line = readline.get_line_buffer()
+            found[:] = completions(text, line, quoted=line[:readline.get_begidx()][-1:] in tuple("\"'`"))
         return found[n] if n < len(found) else None
 
     readline.set_completer(complete)
@@ -305,6 +310,9 @@ def what_is_wrong(options: argparse.Namespace) -> str:
         return f"--page {options.page}: expected a name that ends in .html"
     if options.heatmap and options.heatmap.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
         return f"--heatmap {options.heatmap}: expected a name that ends in .png, .jpg or .webp"
+    for file in filter(None, (options.page, options.heatmap)):
+        if not file.absolute().parent.is_dir():
+            return f"{file}: there is no folder {file.parent}"
     if options.max_new_tokens < 1:
         return f"--max-new-tokens {options.max_new_tokens}: expected 1 or more"
     compiler = os.environ.get("CXX") or "g++"                   # torch.compile looks for it in this way

@@ -36,8 +36,11 @@ def printable(text: str) -> str:
 def replacing(path: Path) -> Iterator[Path]:
     """Give a name to write to; if the block ends well, that file takes the place of `path` in one step.
 
-    So a kill in the middle leaves the file that was there before, and no reader ever meets half a file.
+    So a kill in the middle leaves the file that was there before, and no reader ever meets half a file. Raises
+    FileNotFoundError where the folder is absent.
     """
+    if not path.absolute().parent.is_dir():
+        raise FileNotFoundError(f"there is no folder {path.parent}, into which {path} should be written")
     unfinished = path.with_name(f"{path.name}.{os.getpid()}.new")
     try:
         yield unfinished

@@ -171,7 +171,7 @@ def test_a_round_that_is_taken_back_leaves_no_trace(chat, image_files):
     chat.undo()
     chat.undo()
     assert chat.images == [] and not chat.cache.past[0]
-    with pytest.raises(ValueError, match="no round to take back"):
+    with pytest.raises(ValueError, match="no round yet"):
         chat.undo()
 
 
@@ -338,6 +338,13 @@ def test_an_answer_cut_within_a_character_shows_all_that_was_decoded(chat):
     ids = chat.tokenizer.encode("A 🐈")[:-1]
     chat.model.generate = lambda *_: (torch.tensor([i]) for i in ids)
     assert chat.ask("?") == chat.tokenizer.decode(ids)
+
+
+def test_a_question_has_no_line_breaks_as_in_training_and_images_are_no_list(chat, image_files):
+    chat.ask(" What\nis  it?\n", image_files[0])
+    assert chat.rounds[0].question == "What is it?"
+    with pytest.raises(TypeError, match="found a list; several images are given one after the other"):
+        chat.ask("?", image_files[:2])
 
 
 def test_an_answer_that_is_half_read_and_still_held_does_not_disturb_the_next_question(chat, image_files):

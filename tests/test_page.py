@@ -77,7 +77,7 @@ def test_patches_are_the_weights_of_the_resampler(model, image_files):
 
 
 def test_without_an_image_or_without_mmca_there_is_nothing_to_show(chat, model):
-    with pytest.raises(ValueError, match="nothing to show: a heat map needs an image"):
+    with pytest.raises(ValueError, match="nothing to show: where a model looked"):
         looks_of(model, Encoded([1, 5], [TEXT, TEXT], [-100, 5], []))
     model.llama.attention = "causal"
     with pytest.raises(ValueError, match="trained with mmca"):
