@@ -86,7 +86,7 @@ class Cache:
     text[layer] (conversations, 2, H_kv, room, D) has room for `room` text tokens of each from the start; the room
     in image[layer] grows when it is full. past[conversation] has the kinds of the tokens that are in. It changes
     when a pass has gone through all layers, so a pass that is interrupted does not count. To take tokens back, put
-    an older `past` back.
+    an older `past` back. For passes without gradients.
     """
 
     def __init__(self, llama: "Llama", conversations: int, room: int):
