@@ -11,7 +11,7 @@ import signal
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -29,25 +29,12 @@ from names import as_file, as_path, image_file
 from page import draw_heatmap, write_page
 from pixels import load_pixels
 from terminal import Terminal, converse, newest, read_options
-from visualchat import Sampling, VisualChat, towers
+from visualchat import ModelConfig, Sampling, VisualChat, towers
 from visualchat import load as load_model
 from weights import printable
 
 
 # ---- a conversation ----
-
-def in_pieces(ids: Iterable[int], tokenizer: Tokenizer) -> Iterator[str]:
-    """The text of ids, as they come, in pieces of whole characters; a character can take several ids."""
-    known, text, shown = [], "", ""
-    for id in ids:
-        known.append(id)
-        text = tokenizer.decode(known)
-        if not text.endswith("\ufffd"):                         # else the last character is still incomplete
-            yield text[len(shown):]
-            shown = text
-    if text != shown:
-        yield text[len(shown):]
-
 
 class ContextFull(ValueError):
     """A question does not fit into the context."""
@@ -76,7 +63,7 @@ class Chat:
         self.left = Answered((), (), "")    # the images of rounds that were left out; they stay
         self.cache = Cache(model.llama, 1, self.limit)
         self.running = (piece for piece in ())                  # the last answer, which may be half read
-        self.description = ""       # for people
+        self.config: ModelConfig | None = None                  # of the training result that `open` loaded
 
     @classmethod
     def open(cls, folder: Path | str, attention: str | None = None, keep: Path | None = None,
@@ -100,7 +87,7 @@ class Chat:
         album = Album(model, keep and Path(keep) / fingerprint(folder, config))
         tokenizer = Tokenizer(towers(config)[0], model.llama.config.vocab_size)
         chat = cls(model, tokenizer, album, compile_step(model.llama) if compiled else None)
-        chat.description = f"{folder}: LLaMA-2 {config.size}, {wanted}, on {device.type}"
+        chat.config = config
         return chat
 
     @property
@@ -198,7 +185,7 @@ class Chat:
         started, question = time.perf_counter(), " ".join(question.split())     # no line breaks, as in training
         logits = self.begin_round(Answered(tuple(files), tuple(digest_of(file) for file in files), question))
         try:
-            yield from in_pieces(self.answer(logits, self.rounds[-1], started), self.tokenizer)
+            yield from self.tokenizer.pieces(self.answer(logits, self.rounds[-1], started))
         finally:
             try:
                 self.album.save()                               # after the answer, which should not wait for it
@@ -239,10 +226,13 @@ class Chat:
 
 def open_chat(options, say: Callable[[str], None]) -> Chat:
     """The conversation that the options ask for; says what was loaded."""
-    chat = Chat.open(options.model or newest(Path("out"), say), options.attention, options.keep, options.compile)
+    folder = options.model or newest(Path("out"), say)
+    chat = Chat.open(folder, options.attention, options.keep, options.compile)
     chat.sampling, chat.max_new_tokens, chat.forgets = options.sampling, options.max_new_tokens, options.forget
-    say(chat.description + ("; the first answer without and the first one with an image wait for the compiler"
-                            if options.compile else ""))
+    say(f"{folder}: LLaMA-2 {chat.config.size}, {chat.model.llama.attention}, on "
+        f"{chat.model.projection.weight.device.type}")
+    if options.compile:
+        say("the first answer without and the first one with an image wait for the compiler")
     if options.seed is not None:
         torch.manual_seed(options.seed)
     return chat

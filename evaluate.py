@@ -22,7 +22,6 @@ from itertools import groupby
 from pathlib import Path
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from album import digest_of, fingerprint
@@ -31,7 +30,7 @@ from data import Encoded, Round, collate, encode, encode_round, to_tensors
 from decode import step_of_many
 from llama import Cache, Tokenizer
 from page import image_url
-from visualchat import VisualChat, load, towers
+from visualchat import VisualChat
 from weights import printable, read_json, replacing
 
 
@@ -49,8 +48,7 @@ def of_equal_length(conversations: list[list[Round]], at_once: int) -> Iterator[
 
 @torch.no_grad()
 def hold_conversations(model: VisualChat, tokenizer: Tokenizer, conversations: list[list[Round]],
-                       max_new_tokens: int, change_pixels: Callable[[Tensor], Tensor] = lambda pixels: pixels
-                       ) -> list[list[str]]:
+                       max_new_tokens: int, change_pixels: Callable = lambda pixels: pixels) -> list[list[str]]:
     """Ask the questions of conversations with equally many rounds, and let the model take the likeliest tokens.
 
     Returns for each conversation its answers. Raises as `load_pixels` and `check_logits` do.
@@ -65,7 +63,8 @@ def hold_conversations(model: VisualChat, tokenizer: Tokenizer, conversations: l
     for rounds in zip(*asked, strict=True):
         examples = []
         for i, round_ in enumerate(rounds):
-            (new := Encoded([], [], [], [])).add_text(said[i])                      # the cache lacks it
+            new = Encoded([], [], [], [])
+            new.add_text(said[i])                               # the cache lacks the last answer
             question = encode_round(round_, shown[i], not answers, tokenizer, vision.n_queries)
             examples.append(to_tensors(new + question, vision.image_size))
             shown[i] += len(round_.images)
@@ -216,10 +215,9 @@ def answers_of(folder: Path, questions: dict[str, list[Round]], options,
                partial: Path) -> tuple[list[list[str]], float]:
     """A model's answers to all conversations, and how many seconds the model took for them; those that `partial`
     holds are not asked again."""
-    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    model, config = load(folder, torch.float32 if device.type == "cpu" else torch.float16, device)
-    tokenizer = Tokenizer(towers(config)[0], model.llama.config.vocab_size)
-    weights = fingerprint(folder, config)
+    chat = Chat.open(folder)
+    model, tokenizer, weights = chat.model, chat.tokenizer, fingerprint(folder, chat.config)
+    del chat                                                    # whose cache takes gigabytes at the real sizes
     asked = [key_of(weights, options.max_new_tokens, rounds) for rounds in questions.values()]
     known = read_partial(partial)
     left = [number for number, one in enumerate(asked) if one not in known]

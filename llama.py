@@ -8,7 +8,7 @@ LLaMAs. It takes embeddings instead of token ids, because image tokens come from
 conversations of a batch are one flat list of L tokens, text first, then image tokens (mmca.py), so that nothing
 is padded. Every module has its name in the official checkpoint. Before: mmca.py. Next: vit.py.
 """
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -396,3 +396,16 @@ class Tokenizer:
 
     def decode(self, ids: list[int]) -> str:
         return self.model.decode([id for id in ids if id < self.model.vocab_size()])    # Embeddings may have more.
+
+    def pieces(self, ids: Iterable[int]) -> Iterator[str]:
+        """The text of ids as they come, a piece for each: '' where a character, which can take several ids, is not
+        complete. If the last one never is, what there is of it comes as one piece more."""
+        known, text, shown = [], "", ""
+        for id in ids:
+            known.append(id)
+            text = self.decode(known)
+            is_whole = not text.endswith("\ufffd")
+            yield text[len(shown):] if is_whole else ""
+            shown = text if is_whole else shown
+        if text != shown:
+            yield text[len(shown):]

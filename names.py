@@ -106,7 +106,8 @@ def parse(line: str, first: int, known: Callable[[Path], int | None] = lambda pa
         numbers[path] = number
         goes_on = i + 1 < len(words) and words[i + 1][1].lower() in ("and", "or", "vs", "vs.", "versus", "&")
         # A known image must be named: before a sentence, where another would be left out, too.
-        if not joins or goes_on or behind[:1] in ("'", "’") and behind or question and question[-1] not in "?!.":
+        is_owner = behind.startswith(("'", "’"))
+        if not joins or goes_on or is_owner or question and question[-1] not in "?!.":
             behind = behind or ":" * (not question and not goes_on)
             question += blanks * bool(question) + f"image {number}{behind}"
     return files, question if says_more else ""

@@ -93,18 +93,14 @@ def looks_of(model: VisualChat, encoded: Encoded) -> Looks:
 
 def words_of(ids: list[int], tokenizer) -> list[tuple[str, list[int]]]:
     """An answer's words, each with the blanks before it and the places of its tokens."""
-    words, shown, places = [], "", []
-    for place in range(len(ids)):
-        text = tokenizer.decode(ids[:place + 1])
-        places.append(place)
-        if text.endswith("\ufffd") and place + 1 < len(ids):
-            continue                                            # a character that takes several ids is incomplete
-        piece, shown = text[len(shown):], text
-        if not words or piece.startswith((" ", "\n")) and words[-1][0].strip():
+    words, places = [], []
+    for place, piece in enumerate(tokenizer.pieces(ids)):
+        places += [place] * (place < len(ids))                  # not for what there is of an incomplete character
+        if piece and (not words or piece.startswith((" ", "\n")) and words[-1][0].strip()):
             words.append((piece, places))
-        else:
+        elif piece:
             words[-1] = (words[-1][0] + piece, words[-1][1] + places)
-        places = []
+        places = [] if piece else places
     return words
 
 

@@ -133,7 +133,7 @@ class Terminal:
         if lost := [file for file in self.waiting if not can_be_read(file)]:
             self.waiting = [file for file in self.waiting if file not in lost]
             self.say(f"{', '.join(map(str, lost))} is not shown. Now there are:")
-            self.list_images()
+            self.images()
 
     # The commands; each gets what stands behind it in the line.
 
@@ -146,12 +146,9 @@ class Terminal:
             raise ValueError("no image is named: expected /image FILE")
         self.show(files)
         if not files:
-            self.list_images()                                  # They were shown already.
+            self.images()                                  # They were shown already.
 
-    def images(self, rest: str):
-        self.list_images()
-
-    def list_images(self):
+    def images(self, rest: str = ""):
         shown = [*self.chat.images, *self.waiting]
         self.say("\n".join(f"image {n}: {file}" for n, file in enumerate(shown, 1)) or "no images")
 
@@ -192,7 +189,7 @@ class Terminal:
         self.waiting = []
         for one in self.chat.rounds:
             self.say(f"> {one.question}\n{self.chat.answer_of(one)}")
-        self.list_images()
+        self.images()
 
     def stats(self, rest: str):
         self.say(figures(self.chat))
@@ -221,7 +218,7 @@ class Terminal:
             if question:
                 self.ask_with_waiting(question)
             elif not files:
-                self.list_images()                              # only images that were shown already
+                self.images()                              # only images that were shown already
         return True
 
 

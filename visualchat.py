@@ -137,7 +137,7 @@ class VisualChat(nn.Module):
 
         It ends after max_new_tokens or at the end of LLaMA's context. The cache then holds all tokens but the last
         one. The caller decides when to stop earlier: conversations end at different times, and under ZeRO-3 all
-        ranks must stop together. step: `Llama.next_logits`, or a compiled form of it (decode.py).
+        ranks must stop together. step: `Llama.next_logits`, or another form of it (decode.py).
         """
         left, said = self.llama.config.max_position_embeddings - max(map(len, cache.past)), []
         for remaining in range(min(max_new_tokens, left), 0, -1):

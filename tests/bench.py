@@ -4,6 +4,8 @@
     python tests/bench.py step        a training step against transformers' LLaMA: time, memory, share of the limit
     python tests/bench.py decode      tokens per second against transformers' generate, share of memory bandwidth
     python tests/bench.py chat        time to the first token in eight rounds with eight images
+    python tests/bench.py questions   evaluate.py on 500 questions of the tiny world, many at once against one
+    python tests/bench.py start       from the command to the first prompt of chat.py, beside `import torch` alone
     python tests/bench.py packing     packed conversations against padded ones, all nine datasets of the tiny world
     python tests/bench.py two_softmaxes   how much longer the second softmax makes the residual stream of --model
     python tests/bench.py images      memory: one image out of a 2 GB JSON file of base64 texts
@@ -397,6 +399,47 @@ def packing(options):
     print(f"packed is {found['padded'] / found['packed']:.2f} times as fast")
 
 
+# ---- evaluate.py, and the start of chat.py ----
+
+def ask_all(folder: Path, at_once: int) -> tuple[float, bytes]:
+    """Seconds that evaluate.py prints for the questions in a folder, and its table."""
+    out = folder / f"{at_once}.csv"
+    command = [sys.executable, ROOT / "evaluate.py", folder / "questions.json", "--images", folder, "--out", out,
+               "--model", ROOT / "weights/tiny/chat", "--at-once", str(at_once)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return float(done.stdout.split()[-4]), out.read_bytes()
+
+
+def questions():
+    """evaluate.py with one, 32, 64 and 84 conversations at the same time."""
+    asked = {}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for test in world.ensure_tests(folder):
+            for i, conversation in enumerate(llava(Reader(test.name, test), [test / DIALOGUE], test / COCO)):
+                if sum(map(len, asked.values())) < 500:
+                    asked[f"{test.name} {i}"] = [
+                        [one.question, " ".join(str(image.relative_to(folder)) for image in one.images)]
+                        for one in conversation.rounds]
+        (folder / "questions.json").write_text(json.dumps(asked))
+        print(f"{sum(map(len, asked.values()))} questions in {len(asked)} conversations", flush=True)
+        alone, table = ask_all(folder, 1)
+        for at_once in (32, 64, 84):
+            seconds, found = ask_all(folder, at_once)
+            print(f"{at_once} at once: {seconds:.1f} s, one at a time {alone:.1f} s, {alone / seconds:.1f} times "
+                  f"as fast; the same table: {found == table}", flush=True)
+
+
+def start():
+    """Seconds of a process that imports torch, and of chat.py up to an empty line and its end."""
+    ways = {"import torch": ["-c", "import torch"],
+            "chat.py": [ROOT / "chat.py", ROOT / "examples/a.png", "--model", ROOT / "weights/tiny/chat"]}
+    found = times({name: partial(subprocess.run, [sys.executable, *way], input=b"\n", capture_output=True,
+                                 check=True) for name, way in ways.items()}, 5)
+    for name, seconds in found.items():
+        print(f"{name}: {seconds:.2f} s, {seconds / found['import torch']:.2f} of `import torch`")
+
+
 # ---- what the second softmax does to the residual stream ----
 
 @torch.no_grad()
@@ -604,7 +647,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     with_options = {"attention": attention, "step": step, "decode": decode, "chat": chat, "packing": packing,
                     "two_softmaxes": two_softmaxes, "memory": memory}
-    without = {"images": images, "worst": worst, "features": features, "loading": loading, "plan": plan}
+    without = {"questions": questions, "start": start,
+               "images": images, "worst": worst, "features": features, "loading": loading, "plan": plan}
     parser.add_argument("what", choices=[*with_options, *without, "peak", "rank"])
     parser.add_argument("--precision", choices=list(DTYPES), default="fp32")
     parser.add_argument("--size", choices=list(LLAMA_2), help="random weights of this size, not of a small model")

@@ -212,7 +212,7 @@ class Session:
 
     def __init__(self, folder: Path, *options: str):
         self.folder, (self.fd, theirs) = folder, pty.openpty()
-        environment = os.environ | {"TERM": "xterm", "XDG_STATE_HOME": str(folder / "state"),
+        environment = os.environ | {"TERM": "xterm", "HOME": str(folder), "XDG_STATE_HOME": str(folder / "state"),
                                     "OMP_NUM_THREADS": "1"}
         self.process = subprocess.Popen([sys.executable, str(ROOT / "chat.py"), "--model", str(SHIPPED), *options],
                                         cwd=folder, stdin=theirs, stdout=theirs, stderr=theirs, env=environment,
@@ -275,6 +275,21 @@ def test_five_rounds_in_a_real_terminal_are_those_of_a_cold_run(folder):
         assert cold.ask(one["question"], *one["images"]) == one["answer"]
         shown += one["images"]
     assert [Path(image).name for image in shown] == ["a.png", "b.png", "my star.png"]
+
+
+def test_in_a_real_terminal_an_image_joins_however_it_is_named(folder):
+    terminal, star = Session(folder, "a.png"), str(folder / "my star.png")
+    terminal.until("\n> ")
+    terminal.type("Describe image 1.\n")                        # then a.png waits no longer
+    for line in ("b.png", '"my star.png"', "'my star.png'", "my\\ star.png", "my star.png", f"'{star}'",
+                 f"file://{star.replace(' ', '%20')}", "~/b.png", "./b.png", "[b.png]", "`b.png`", "(b.png)",
+                 "scan", "/image b.png", '/image "my star.png" b.png'):
+        assert "image 2: " in terminal.type(f"{line}\n"), line
+        assert "taken back: " in terminal.type("/undo\n")
+    for line in ("none.png", "b.heic", "~/none.png", "/image none.png", "file:///none.png"):
+        assert "does not exist" in terminal.type(f"{line}\n"), line
+    os.write(terminal.fd, b":q\n")
+    assert terminal.process.wait(timeout=60) == 0
 
 
 def test_ctrl_c_stops_an_answer_or_clears_a_line_and_ctrl_d_leaves(folder):
