@@ -54,16 +54,11 @@ def load_conversation(chat, path: Path):
 
     Raises FileNotFoundError or ValueError for what cannot be read; the conversation is then as it was before.
     """
-    before = chat.rounds, chat.left
     try:
         found = read_json(path)
         left, *rounds = (read_round(one, chat) for one in (found["left"], *found["rounds"]))
     except (TypeError, LookupError, AttributeError, binascii.Error) as error:
         reason = f"{error} is absent" if isinstance(error, KeyError) else error
         raise ValueError(f"{path} is no conversation that was saved here: {reason}") from error
-    chat.rounds, chat.left = rounds, left
-    if (n := len(chat.encoded().ids)) >= chat.limit:
-        chat.rounds, chat.left = before
-        raise ValueError(f"{path} holds {n} positions, and the context has {chat.limit}")
-    chat.running.close()
-    chat.cache.past = [()]                  # The next question reads all of it.
+    chat.clear()
+    chat.rounds, chat.left = rounds, left                       # The next question reads all of it.

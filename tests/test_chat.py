@@ -22,7 +22,7 @@ from PIL import Image
 
 import chat as program
 from album import digest_of
-from chat import Chat
+from chat import Chat, ContextFull
 from data import Round, encode_round
 from llama import Cache
 from mmca import IMAGE, TEXT
@@ -201,8 +201,7 @@ def test_an_image_without_a_file_is_shown_saved_and_loaded(chat, image_files, tm
     lambda talk: talk["rounds"][0].pop("images"), lambda talk: talk["rounds"][0].update(images=[3]),
     lambda talk: talk["rounds"][0].update(question=None), lambda talk: talk["rounds"][0].update(answer=["a"]),
     lambda talk: talk["rounds"][0].update(images=["none.png"]),
-    lambda talk: talk["rounds"][0].update(images=["data:image/png;base64,!"]),
-    lambda talk: talk["rounds"][0].update(question="a " * 600)])
+    lambda talk: talk["rounds"][0].update(images=["data:image/png;base64,!"])])
 def test_a_damaged_conversation_is_refused_and_the_present_one_stays(chat, image_files, tmp_path, damage):
     ask(chat, image_files[:1])
     save_conversation(chat, file := tmp_path / "talk.json")
@@ -212,6 +211,18 @@ def test_a_damaged_conversation_is_refused_and_the_present_one_stays(chat, image
     with pytest.raises((ValueError, OSError), match="talk.json|none.png"):
         load_conversation(chat, file)
     assert state(chat) == before
+
+
+def test_a_full_conversation_can_be_loaded_and_the_next_question_says_so(chat, image_files, tmp_path):
+    ask(chat, image_files[:1])
+    chat.rounds[0].question = "a " * 600
+    save_conversation(chat, tmp_path / "talk.json")
+    load_conversation(chat, tmp_path / "talk.json")
+    with pytest.raises(ContextFull, match="positions exceed the 512 of the context"):
+        chat.ask("?")
+    chat.forgets = True
+    chat.ask("?")
+    assert len(chat.rounds) == 1 and chat.images == image_files[:1]
 
 
 def test_ids_of_another_tokenizer_are_made_anew_from_the_text(chat, image_files, tmp_path):
