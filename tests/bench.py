@@ -13,6 +13,7 @@
     python tests/bench.py features    time: a training step on kept features against one that runs the ViT
     python tests/bench.py loading     memory and time: two ZeRO-3 ranks load a random LLaMA of a billion parameters
     python tests/bench.py plan        memory of a training step of that model against what --plan predicts
+    python tests/bench.py gpu         all that needs a card, within ten minutes, into results/gpu.md (tests/gpu.py)
 
 The first four take --precision, the three after the first also --size 7b, for a GPU: random weights of that size.
 They print medians. `loading` and `plan` measure a CPU process, so they say nothing about a GPU's memory.
@@ -144,18 +145,24 @@ def forms(length: int, n_images: int, dtype: torch.dtype, heads: int = 8, width:
 
 def attention(options):
     """Milliseconds of the three forms; then MB at the height, which should double with the length."""
+    shape = (32, 128) if options.size else (8, 64)              # heads and their width, at 7b or in the small model
+
+    def height(name: str, length: int) -> float:
+        if DEVICE.type == "cuda":
+            return peak_of(forms(length, length // 2 // PER_IMAGE, DTYPES[options.precision], *shape)[name])
+        return alone("memory", "--step", f"{name} {length}", "--precision", options.precision)
+
     for length in (1024, 2048, 4096):
         for n_images in (1, 2, 4, 7, 8):
             if n_images * PER_IMAGE < length:
-                found = times(forms(length, n_images, DTYPES[options.precision]), 5)
+                found = times(forms(length, n_images, DTYPES[options.precision], *shape), 5)
                 ratios = {name: found["compact"] / found[name] for name in ("causal", "explicit")}
                 print(f"T = {length}, {n_images} images:",
                       *(f"{name} {1e3 * seconds:.1f} ms," for name, seconds in found.items()),
                       *(f"compact / {name} {ratio:.2f}" for name, ratio in ratios.items()), flush=True)
     for length in (1024, 2048, 4096):
         print(f"T = {length}, half of it images, MB:", *(
-            f"{name} {alone('memory', '--step', f'{name} {length}', '--precision', options.precision):.0f}"
-            for name in ("explicit", "compact", "causal")), flush=True)
+            f"{name} {height(name, length):.0f}" for name in ("explicit", "compact", "causal")), flush=True)
 
 
 # ---- (b) a training step, (c) decoding ----
@@ -556,26 +563,28 @@ def features():
               f"ratio {after / before:.2f}")
 
 
-def billion(folder: Path) -> Path:
-    """An official folder with random BF16 weights of a LLaMA of a billion parameters, in eight shards."""
-    config = LlamaConfig(2048, 5632, 18, 16, 16)
+def official_llama(folder: Path, config: LlamaConfig, dtype: torch.dtype):
+    """Write an official folder with random weights, in eight shards."""
     with torch.device("meta"):
         shapes_of = {name: t.shape for name, t in Llama(config).state_dict().items()}
     names = list(shapes_of)
     weight_map = {name if name.startswith("lm_head") else f"model.{name}":
                   f"model-{8 * i // len(names)}.safetensors" for i, name in enumerate(names)}
     for file in sorted(set(weight_map.values())):
-        save_file({name: torch.randn(shapes_of[name.removeprefix("model.")], dtype=torch.bfloat16) * 0.02
-                   for name, where in weight_map.items() if where == file}, folder / file)
+        tensors = {}
+        for name in (name for name, where in weight_map.items() if where == file):
+            shape = shapes_of[name.removeprefix("model.")]
+            value = torch.ones(shape) if "norm" in name else torch.randn(shape, device=DEVICE) * shape[-1] ** -0.5
+            tensors[name] = value.to("cpu", dtype)
+        save_file(tensors, folder / file)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     (folder / "config.json").write_text(json.dumps({"model_type": "llama", **asdict(config)}))
-    return folder
 
 
 def loading(step: str = ""):
     """Two ranks load; beside it `dd` reads the same files. With a step, each also trains once."""
     with tempfile.TemporaryDirectory() as folder:
-        billion(Path(folder))
+        official_llama(Path(folder), LlamaConfig(2048, 5632, 18, 16, 16), torch.bfloat16)    # a billion
         files = sorted(Path(folder).glob("*.safetensors"))
         size = sum(file.stat().st_size for file in files)
         started = time.perf_counter()
@@ -649,7 +658,7 @@ def main():
                     "two_softmaxes": two_softmaxes, "memory": memory}
     without = {"questions": questions, "start": start,
                "images": images, "worst": worst, "features": features, "loading": loading, "plan": plan}
-    parser.add_argument("what", choices=[*with_options, *without, "peak", "rank"])
+    parser.add_argument("what", choices=[*with_options, *without, "gpu", "peak", "rank"])
     parser.add_argument("--precision", choices=list(DTYPES), default="fp32")
     parser.add_argument("--size", choices=list(LLAMA_2), help="random weights of this size, not of a small model")
     parser.add_argument("--dim", type=int, help="width of the small model of eight layers; default 512, in "
@@ -659,6 +668,8 @@ def main():
     parser.add_argument("--recompute", action="store_true", help="in a training step, as train.py does")
     parser.add_argument("--model", type=Path, default=Path("weights/tiny/chat"),
                         help="training result for `two_softmaxes`")
+    parser.add_argument("--dry", action="store_true", help="in `gpu`: small shapes, also without a card")
+    parser.add_argument("--only", nargs="+", help="in `gpu`: checks whose titles have one of these words")
     parser.add_argument("--step", help=argparse.SUPPRESS)
     parser.add_argument("--file", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -667,6 +678,9 @@ def main():
         with_options[options.what](options)
     elif options.what in without:
         without[options.what]()
+    elif options.what == "gpu":
+        import gpu                                              # which imports from here
+        gpu.all_checks(options)
     elif options.what == "peak":
         peak(options.step, options.file)
     else:
