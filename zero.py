@@ -26,13 +26,13 @@ import deepspeed
 import deepspeed.comm as dist
 import deepspeed.ops
 from deepspeed.accelerator import get_accelerator
-from deepspeed.utils import logger
+from deepspeed.utils import logger, set_z3_leaf_modules
 
 from llama import LLAMA_2, LOSS_CHUNK, Layer, LlamaConfig, read_llama_config
 from recipe import Options, share_of_rate
 from sources import SOURCES, dataset_names
 from visualchat import ModelConfig, VisualChat, build, readable, towers
-from vit import VisionConfig, VisionTransformer, read_vision_config
+from vit import Block, VisionConfig, VisionTransformer, read_vision_config
 from weights import check_numbers, read_json, without_values
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
@@ -146,6 +146,8 @@ def zero_settings(options: Options, ranks: int) -> dict:
         "stage3_max_reuse_distance": values["layer"],
         # Norms and biases are so small that asking for them takes longer than holding them.
         "stage3_param_persistence_threshold": 10 ** 5,
+        # DeepSpeed's own linear layer would keep its input, which only a gradient of the weights would need.
+        "memory_efficient_linear": False,
     }
     if options.offload:
         where = {"device": options.offload, "pin_memory": True}
@@ -231,6 +233,10 @@ def build_shared_out(config: ModelConfig, settings: dict) -> VisualChat:
     with deepspeed.zero.GatheredParameters([model.llama.embed_tokens.weight, *model.projection.parameters()],
                                            modifier_rank=0):
         model.reset_projection()
+    # A layer is gathered and given up as a whole: DeepSpeed's hooks at each of its parts would cost more time. Its
+    # way from a drive knows single parts only.
+    if swapper is None:
+        set_z3_leaf_modules(model, [Layer, Block])
     return model
 
 

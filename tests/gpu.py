@@ -160,10 +160,10 @@ def read(options):
 # ---- training steps ----
 
 def train(options, n_steps: int = 4):
-    """Speed of steps of four conversations with two images each, and peak memory against the plan."""
+    """Speed of steps of --rows conversations with two images each, and peak memory against the plan."""
     import train as program                                     # imports DeepSpeed, which the other checks need not
     import zero
-    (llama, vision), length, rows, n_images = shapes(options), 1024, 4, 2
+    (llama, vision), length, rows, n_images = shapes(options), 1024, options.rows, 2
     zero.start()
     zero.published_sizes = lambda size: (llama, vision)
     config, on_gpu = model_config(options), DEVICE.type == "cuda"
@@ -202,6 +202,30 @@ def train(options, n_steps: int = 4):
         print(", ".join(f"{name} {value / 1e9:.1f}" for name, value in predicted.items()), "GB")
         print(f"peak of each step {', '.join(f'{peak / 1e9:.1f}' for peak in peaks)} GB, predicted "
               f"{sum(predicted.values()) / 1e9:.1f}, ratio {sum(predicted.values()) / max(peaks):.2f}")
+    if options.profile:
+        print_profile(lambda: program.train_step(engine, [batch], blank={}))
+
+
+def print_profile(action):
+    """Where the time of an action goes: kernels by their time on the device, and what made the CPU wait for it."""
+    activities = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * (
+        DEVICE.type == "cuda")
+    with torch.profiler.profile(activities=activities) as profile:
+        started = time.perf_counter()
+        action()
+        finish()
+        seconds = time.perf_counter() - started
+    events = profile.key_averages()
+    on_device = lambda event: event.self_device_time_total if DEVICE.type == "cuda" else event.self_cpu_time_total
+    own = [event for event in events if event.device_type == (
+        torch.autograd.DeviceType.CUDA if DEVICE.type == "cuda" else torch.autograd.DeviceType.CPU)]
+    print(f"under the profiler {seconds:.2f} s, of which the device is busy {sum(map(on_device, own)) / 1e6:.2f} s")
+    for event in sorted(own, key=on_device, reverse=True)[:14]:
+        print(f"{on_device(event) / 1e3:9.1f} ms {event.count:6} times  {event.key[:80]}")
+    for event in events:
+        if event.key in ("aten::_local_scalar_dense", "aten::nonzero", "cudaStreamSynchronize", "cudaLaunchKernel",
+                         "cudaEventSynchronize", "cudaMemcpyAsync", "cudaDeviceSynchronize", "cuLaunchKernelEx"):
+            print(f"{event.key}: {event.count} times, {event.self_cpu_time_total / 1e3:.1f} ms")
 
 
 # ---- all of it ----
@@ -220,23 +244,24 @@ def checks(options, folder: Path) -> list[Check]:
     towers_there = f"--llama {folder}/llama --vit {folder}/vit"
     ask = 'python chat.py examples/a.png examples/b.png --question "Describe the images." --verbose'
     found = [
-        Check("All forms are equal, FP16", f"python tests/gpu.py equal{fp16}", 120),
-        Check("All forms are equal, BF16", "python tests/gpu.py equal --precision bf16", 120),
+        Check("All forms are equal, FP16", f"python tests/gpu.py equal{fp16}", 90),
+        Check("All forms are equal, BF16", "python tests/gpu.py equal --precision bf16", 90),
         Check("The tiny model answers", f"{ask} --model weights/tiny/chat", 60),
-        Check("Write random weights", f"python tests/gpu.py weights {folder}{size}", 150),
+        Check("Write random weights", f"python tests/gpu.py weights {folder}{size}", 90),
         Check("Load them", f"python tests/gpu.py read {folder}{size}{fp16}", 60),
-        Check("A step under ZeRO-3", f"python tests/gpu.py train {folder}{size}{fp16}", 90),
-        Check("The same with --recompute", f"python tests/gpu.py train {folder}{size}{fp16} --recompute", 90),
-        Check("The same under ZeRO-1", f"python tests/gpu.py train {folder}{size}{fp16} --zero 1", 90),
-        Check("Decoding against transformers", f"python tests/bench.py decode{size or ' --dim 128'}{fp16}", 200),
-        Check("A step against transformers", f"python tests/bench.py step{size or ' --dim 128'}{fp16}", 120),
-        Check("Attention", f"python tests/bench.py attention{size}{fp16}", 90),
-        Check("Eight rounds with eight images", f"python tests/bench.py chat{size or ' --dim 128'}{fp16}", 120),
+        Check("Steps under ZeRO-3", f"python tests/gpu.py train {folder}{size}{fp16} --profile", 90),
+        Check("Sixteen conversations at a time, --recompute",
+              f"python tests/gpu.py train {folder}{size}{fp16} --rows 16 --recompute", 90),
+        Check("Steps under ZeRO-1", f"python tests/gpu.py train {folder}{size}{fp16} --zero 1 --profile", 90),
         Check("train.py at this size", f"deepspeed --num_gpus 1 train.py{size or ' --size tiny'} {towers_there} "
               f"--data {folder}/data --datasets single --batch 16 --epochs 1 --out {folder}/out --workers 0 && "
-              f"cat {folder}/out/log.csv", 150),
-        Check("chat.py with that result", f"{ask} --model {folder}/out --max-new-tokens 16", 90),
-        Check("The tiny model trains", "deepspeed --num_gpus 1 train.py --size tiny --out " + f"{folder}/tiny", 150),
+              f"cat {folder}/out/log.csv", 120),
+        Check("chat.py with that result", f"{ask} --model {folder}/out --max-new-tokens 64", 60),
+        Check("Decoding against transformers", f"python tests/bench.py decode{size or ' --dim 128'}{fp16}", 180),
+        Check("A step against transformers", f"python tests/bench.py step{size or ' --dim 128'}{fp16}", 90),
+        Check("Eight rounds with eight images", f"python tests/bench.py chat{size or ' --dim 128'}{fp16}", 90),
+        Check("The tiny model trains", f"deepspeed --num_gpus 1 train.py --size tiny --out {folder}/tiny", 120),
+        Check("Attention", f"python tests/bench.py attention{size}{fp16}", 90),
     ]
     return [check for check in found if not options.only or any(word in check.title for word in options.only)]
 
@@ -271,6 +296,8 @@ def main():
     parser.add_argument("--precision", choices=list(DTYPES), default="fp32")
     parser.add_argument("--zero", type=int, default=3)
     parser.add_argument("--recompute", action="store_true")
+    parser.add_argument("--rows", type=int, default=4, help="in `train`: conversations of 1,024 positions at a time")
+    parser.add_argument("--profile", action="store_true", help="in `train`: where the time of a step goes")
     options = parser.parse_args()
     torch.manual_seed(0)
     {"equal": equal, "weights": weights, "read": read, "train": train}[options.what](options)
