@@ -9,6 +9,7 @@ letters for shapes. Next: visualchat.py.
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -44,14 +45,20 @@ def small_random(*shape: int) -> nn.Parameter:
     return nn.Parameter(nn.init.normal_(torch.empty(*shape), std=0.02))
 
 
+@cache
+def stretching(old: int, new: int, device: torch.device) -> Tensor:
+    """The matrix (new², old²) that stretches a square by bicubic interpolation.
+
+    As a product it takes next to nothing; PyTorch's kernel for interpolating took 7 % of a training step of 7b.
+    """
+    squares = torch.eye(old ** 2).view(-1, 1, old, old)                     # each point alone
+    return F.interpolate(squares, (new, new), mode="bicubic", align_corners=False).flatten(1).T.to(device)
+
+
 def resized(grid: Tensor, patches: int) -> Tensor:
     """A square grid of learned positions (G*G, C), stretched to (patches, C) by bicubic interpolation."""
     old, new = round(grid.shape[0] ** 0.5), round(patches ** 0.5)
-    if old == new:
-        return grid
-    square = grid.float().unflatten(0, (old, old)).permute(2, 0, 1)[None]   # (1, C, G, G)
-    square = F.interpolate(square, (new, new), mode="bicubic", align_corners=False)
-    return square[0].flatten(1).T.to(grid.dtype)
+    return grid if old == new else (stretching(old, new, grid.device) @ grid.float()).to(grid.dtype)
 
 
 class VisionAttention(nn.Module):

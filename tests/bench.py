@@ -145,7 +145,7 @@ def forms(length: int, n_images: int, dtype: torch.dtype, heads: int = 8, width:
 
 def attention(options):
     """Milliseconds of the three forms; then MB at the height, which should double with the length."""
-    shape = (32, 128) if options.size else (8, 64)              # heads and their width, at 7b or in the small model
+    shape = (32, 128) if options.size else (8, 64)  # heads and their width, at 7b or in the small model
 
     def height(name: str, length: int) -> float:
         if DEVICE.type == "cuda":
@@ -644,6 +644,9 @@ def rank(folder: Path, step: str):
     for _ in range(2):
         train.train_step(engine, [batch], blank={})             # both ranks have one batch, with images
     predicted = zero.memory(options, llama, VIT, 2)
+    # --plan is about GPUs, whose norms keep their inputs as they are; on a CPU they keep them in float32.
+    layers, more = 1 if options.recompute else llama.num_hidden_layers, 2 if options.precision == "bf16" else 0
+    predicted["norms"] = 2 * layers * options.positions * llama.hidden_size * more
     if zero.dist.get_rank() == 0:
         print({name: round(value / 1e6) for name, value in predicted.items()})
         total, found = sum(predicted.values()) / 1e6, resident()[1] - before

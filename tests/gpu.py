@@ -3,7 +3,7 @@
     python tests/gpu.py equal             every form of attention and of decoding in 16 bits against float32
     python tests/gpu.py weights FOLDER    write official folders with random values: FP16 LLaMA, BF16 pickled ViT
     python tests/gpu.py read FOLDER       time to load them onto the device
-    python tests/gpu.py train FOLDER      steps in DeepSpeed's hands: speed, and memory against what --plan predicts
+    python tests/gpu.py train FOLDER      steps in DeepSpeed's hands: speed, and memory against --plan
 
 --size 7b takes the real shapes, else they are small, so that all of it runs on a CPU, too. Not part of the test
 suite; the figures that a card gave stand in results/gpu.md.
@@ -11,16 +11,18 @@ suite; the figures that a card gave stand in results/gpu.md.
 import argparse
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from bench import DEVICE, DTYPES, ROOT, finish, kinds, official_llama, rate, times      # puts ROOT on the path
+# First of ours, because it puts the project's root on the path.
+from bench import DEVICE, DTYPES, PER_IMAGE, ROOT, finish, kinds, official_llama, rate
 
 import torch
 from torch import Tensor
@@ -65,6 +67,28 @@ def equal_attention(dtype: torch.dtype) -> Iterator[tuple[str, float]]:
                difference(compact_attention(q[:layout.n_text], k, v, layout), expected))
 
 
+def equal_gradients(dtype: torch.dtype) -> Iterator[tuple[str, float]]:
+    """(what, difference to float32 on the CPU) for conversations of odd lengths, as training packs them."""
+    runs = [(7, 1, 13, 2, 3), (41, 3, 1, 1, 58), (2, 1, 129), (77,)]        # text, images, text, …
+    lengths = [sum(n * (PER_IMAGE if i % 2 else 1) for i, n in enumerate(one)) for one in runs]
+    kind = torch.tensor([[of for one in runs for i, n in enumerate(one)
+                          for of in ([IMAGE] * n * PER_IMAGE if i % 2 else [TEXT] * n)]])
+    layout = separate(kind, lengths)
+    for size in ("7b", "70b"):
+        heads, kv_heads = LLAMA_2[size].num_attention_heads, LLAMA_2[size].num_key_value_heads
+        given = [torch.randn(rows, n, 128).to(dtype) for rows, n in (
+            (layout.n_text, heads), (kind.numel(), kv_heads), (kind.numel(), kv_heads), (kind.numel(), heads))]
+        found = {}
+        for where, type in (("cpu", torch.float32), (DEVICE, dtype)):
+            *inputs, towards = (x.to(where, type) for x in given)
+            inputs = [x.requires_grad_() for x in inputs]
+            out = compact_attention(*inputs, layout)
+            found[type] = [out, *torch.autograd.grad(out, inputs, towards)]
+        names = "output", "gradient of q", "of k", "of v"
+        for name, one, exact in zip(names, found[dtype], found[torch.float32]):
+            yield f"{size}'s attention, odd lengths, {name}", difference(one, exact)
+
+
 @torch.no_grad()
 def logits_of(model: VisualChat, batch: dict, steps: dict, n: int = 16) -> dict[str, Tensor]:
     """For a conversation with images, the logits (n, vocabulary) of its last n text tokens, by each way."""
@@ -82,7 +106,7 @@ def logits_of(model: VisualChat, batch: dict, steps: dict, n: int = 16) -> dict[
 
 
 def equal_model(dtype: torch.dtype) -> Iterator[tuple[str, float]]:
-    """(way, difference of its logits to float32's on the CPU) for the shipped tiny model and drawn conversations."""
+    """(way, difference of its logits to float32's on the CPU) for the shipped tiny model and a drawing."""
     (exact, config), (model, _) = (load(ROOT / "weights/tiny/chat", *where)
                                    for where in ((torch.float32, "cpu"), (dtype, DEVICE)))
     llama, vision = model.llama, model.vit.config
@@ -102,12 +126,13 @@ def equal(options):
     """Print the differences; ends with an error where one is larger than this precision explains."""
     dtype = DTYPES[options.precision]
     # Rounding once costs up to half of eps, on the average less. The model rounds ten times in each layer.
-    bounds, failed = (torch.finfo(dtype).eps, 4 * torch.finfo(dtype).eps), False
-    for bound, found in zip(bounds, (equal_attention(dtype), equal_model(dtype))):
+    eps, failed = torch.finfo(dtype).eps, False
+    torch.backends.cuda.enable_cudnn_sdp(options.cudnn)
+    for factor, found in ((1, equal_attention(dtype)), (2, equal_gradients(dtype)), (4, equal_model(dtype))):
         for name, off in found:
-            is_right = off <= bound                             # False for NaN, too
+            is_right = off <= factor * eps                             # False for NaN, too
             failed |= not is_right
-            print(f"{options.precision}: {name}: {off:.1e}{'' if is_right else f', MORE than {bound:.1e}'}")
+            print(f"{options.precision}: {name}: {off:.1e}{'' if is_right else f', MORE than {factor * eps:.1e}'}")
     sys.exit(failed)
 
 
@@ -126,7 +151,7 @@ def weights(options):
     for name in ("llama", "vit"):
         (options.folder / name).mkdir(parents=True, exist_ok=True)
     official_llama(options.folder / "llama", llama, torch.float16)
-    (options.folder / "llama/tokenizer.model").write_bytes((towers(ModelConfig())[0] / "tokenizer.model").read_bytes())
+    shutil.copy(towers(ModelConfig())[0] / "tokenizer.model", options.folder / "llama")
     with torch.device("meta"):
         vit = VisionTransformer(vision)
     tensors = {PREFIX + name: (torch.randn(t.shape, device=DEVICE) * t.shape[-1] ** -0.5 if t.ndim > 1 else
@@ -143,7 +168,8 @@ def size_of(folder: Path) -> int:
 
 
 def model_config(options) -> ModelConfig:
-    return ModelConfig(options.size or "tiny", llama=str(options.folder / "llama"), vit=str(options.folder / "vit"))
+    llama, vit = (str(options.folder / name) for name in ("llama", "vit"))
+    return ModelConfig(options.size or "tiny", llama=llama, vit=vit)
 
 
 def read(options):
@@ -161,7 +187,7 @@ def read(options):
 
 def train(options, n_steps: int = 4):
     """Speed of steps of --rows conversations with two images each, and peak memory against the plan."""
-    import train as program                                     # imports DeepSpeed, which the other checks need not
+    import train as program                                 # imports DeepSpeed, which the other checks need not
     import zero
     (llama, vision), length, rows, n_images = shapes(options), 1024, options.rows, 2
     zero.start()
@@ -219,7 +245,8 @@ def print_profile(action):
     on_device = lambda event: event.self_device_time_total if DEVICE.type == "cuda" else event.self_cpu_time_total
     own = [event for event in events if event.device_type == (
         torch.autograd.DeviceType.CUDA if DEVICE.type == "cuda" else torch.autograd.DeviceType.CPU)]
-    print(f"under the profiler {seconds:.2f} s, of which the device is busy {sum(map(on_device, own)) / 1e6:.2f} s")
+    busy = sum(map(on_device, own)) / 1e6
+    print(f"under the profiler {seconds:.2f} s, of which the device is busy {busy:.2f} s")
     for event in sorted(own, key=on_device, reverse=True)[:14]:
         print(f"{on_device(event) / 1e3:9.1f} ms {event.count:6} times  {event.key[:80]}")
     for event in events:
@@ -246,6 +273,7 @@ def checks(options, folder: Path) -> list[Check]:
     found = [
         Check("All forms are equal, FP16", f"python tests/gpu.py equal{fp16}", 90),
         Check("All forms are equal, BF16", "python tests/gpu.py equal --precision bf16", 90),
+        Check("The same with cuDNN's attention", f"python tests/gpu.py equal{fp16} --cudnn", 90),
         Check("The tiny model answers", f"{ask} --model weights/tiny/chat", 60),
         Check("Write random weights", f"python tests/gpu.py weights {folder}{size}", 90),
         Check("Load them", f"python tests/gpu.py read {folder}{size}{fp16}", 60),
@@ -296,7 +324,8 @@ def main():
     parser.add_argument("--precision", choices=list(DTYPES), default="fp32")
     parser.add_argument("--zero", type=int, default=3)
     parser.add_argument("--recompute", action="store_true")
-    parser.add_argument("--rows", type=int, default=4, help="in `train`: conversations of 1,024 positions at a time")
+    parser.add_argument("--cudnn", action="store_true", help="in `equal`: with cuDNN's attention")
+    parser.add_argument("--rows", type=int, default=4, help="in `train`: conversations at a time")
     parser.add_argument("--profile", action="store_true", help="in `train`: where the time of a step goes")
     options = parser.parse_args()
     torch.manual_seed(0)
