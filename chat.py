@@ -76,7 +76,7 @@ class Chat:
         device = torch.device(device or torch.accelerator.current_accelerator(check_available=True) or "cpu")
         model, config = load_model(folder, torch.float32 if device.type == "cpu" else torch.float16, device)
         wanted = attention or config.attention
-        if wanted != config.attention and "causal" in (wanted, config.attention):
+        if wanted != config.attention and not {wanted, config.attention} <= {"mmca", "written"}:
             raise ValueError(f"{folder} was trained with {config.attention} attention, which --attention {wanted} "
                              "does not fit")
         if keep and wanted != "mmca":

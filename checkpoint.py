@@ -40,7 +40,7 @@ from weights import printable, read_json, replacing
 
 PROGRESS = "progress.json"
 # A run goes on only with the same of these.
-SAME = ("size", "attention", "llama", "vit", "datasets", "seed", "epochs", "batch", "positions", "lr",
+SAME = ("size", "attention", "llama", "vit", "variant", "datasets", "seed", "epochs", "batch", "positions", "lr",
         "embedding_lr", "zero", "precision")
 
 
@@ -227,7 +227,7 @@ def latest(options: Options, say: Callable[[str], None] = print) -> dict | None:
         raise ValueError(f"{options.out} holds a run that stopped at step {progress['step']}: go on with "
                          f"--resume, start another with another --out, or delete {folder}")
     now = {name: list(value) if isinstance(value := getattr(options, name), tuple) else value for name in SAME}
-    if differing := [name for name in SAME if progress["options"].get(name) != now[name]]:
+    if differing := [name for name in SAME if progress["options"].get(name, "") != now[name]]:
         raise ValueError("; ".join(f"{options.out} was started with {name} {progress['options'].get(name)}, now "
                                    f"it is {now[name]}" for name in differing))
     if options.zero == 0 and progress["ranks"] != dist.get_world_size():

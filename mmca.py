@@ -232,7 +232,7 @@ def compact_attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout, extend: C
 # The names for --attention; written: MMCA again, by `written_attention`. Another attention needs a name here and
 # either another kind, as `all_text` gives causal attention, or another form; Llama (llama.py) picks them by name.
 # (chat.py, page.py and evaluate.py ask for names, too: only under MMCA are an image's keys the same everywhere.)
-ATTENTION = ("mmca", "causal", "written")
+ATTENTION = ["mmca", "causal", "written"]
 
 
 # ---- Figure 4, to look at ----

@@ -63,7 +63,7 @@ def looks_of(model: VisualChat, encoded: Encoded) -> Looks:
 
     Raises ValueError where there is no image, or no MMCA, and as `read_image` does.
     """
-    if not encoded.images or model.llama.attention == "causal":
+    if not encoded.images or model.llama.attention not in ("mmca", "written"):
         raise ValueError("there is nothing to show: where a model looked is seen with an image, and with a model "
                          "that was trained with mmca")
     device, vision = model.projection.weight.device, model.vit.config

@@ -12,7 +12,7 @@ import torch
 
 from mmca import ATTENTION
 from sources import MIXTURES, SOURCES, dataset_names
-from visualchat import REPOSITORIES
+from visualchat import REPOSITORIES, VARIANTS
 
 
 def option(default, help: str, choices: list | None = None, least: float | None = None, kind: type | None = None):
@@ -30,6 +30,8 @@ class Options:
                             list(ATTENTION))
     llama: str = option("", "folder of the LLaMA-2 weights; looked for if not given")
     vit: str = option("", "folder of the QWen-VL weights; looked for if not given")
+    variant: str = option("", "a model that differs from the paper's, of a program that builds on this one",
+                          list(VARIANTS))
     # On what?
     data: str = option(None, "data folder; default data/tiny for tiny, else data", kind=str)
     datasets: tuple[str, ...] = option((), "datasets or mixtures of them; default: as the paper for this size",

@@ -34,7 +34,6 @@ from recipe import Options, command_line
 from sources import count_as_there, n_sharing, read_datasets
 from tiny.world import DATA, ensure
 from visualchat import IGNORE, ModelConfig, VisualChat, save, towers, whole_answers
-from vit import VisionTransformer
 from weights import printable
 
 
@@ -48,7 +47,7 @@ def load_data(options: Options, config: ModelConfig, tokenizer: Tokenizer,
     conversations = read_datasets(Path(options.data), options.datasets, options.seed, options.skip_bad, say)
     features = None
     if options.cache_features:
-        vit = VisionTransformer.from_pretrained(        # The model's own ViT may be shared out among the ranks.
+        vit = type(model.vit).from_pretrained(          # The model's own ViT may be shared out among the ranks.
             towers(config)[1], DTYPES[options.precision], device)
         features = KeptFeatures(Path(options.cache_features), vit)
         images = list(dict.fromkeys(image for conversation in conversations for round_ in conversation.rounds
@@ -278,7 +277,7 @@ def train_model(options: Options, progress: dict | None, say: Callable[[str], No
         ensure(data)
     dist.barrier()
     torch.manual_seed(options.seed)                             # for the first values of the projection
-    config = ModelConfig(options.size, options.attention, options.llama, options.vit)
+    config = ModelConfig(options.size, options.attention, options.llama, options.vit, options.variant)
     model = build_model(options, config)
     tokenizer = Tokenizer(towers(config)[0], model.llama.config.vocab_size)
     if progress and options.skip_bad:                           # what was lost since the start is skipped then

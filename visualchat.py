@@ -73,24 +73,28 @@ class VisualChat(nn.Module):
         self.vit = vit
         self.llama = llama
         self.projection = nn.Linear(vit.config.output_dim, llama.config.hidden_size).to(llama.embed_tokens.weight)
+        self.fresh = [self.projection]      # what no tower's files hold: it starts from first values, and trains
         if not llama.embed_tokens.weight.is_meta:
-            self.reset_projection()
+            self.reset_fresh()
 
-    def reset_projection(self):
-        """Random values for the projection, so large that image tokens start as large as word embeddings."""
+    def reset_fresh(self):
+        """First values: for the projection such that image tokens start as large as word embeddings."""
         std = self.llama.embed_tokens.weight.float().std().item()   # the encoder ends in a LayerNorm: variance 1
         nn.init.normal_(self.projection.weight, std=std * self.vit.config.output_dim ** -0.5)
         nn.init.zeros_(self.projection.bias)
+        for module in self.fresh:
+            if module is not self.projection:
+                module.reset_parameters()
 
     def freeze(self):
-        """Leave only the projection and the token embedding trainable (section 3 of the paper)."""
+        """Leave only what is fresh, and the token embedding, trainable (section 3 of the paper)."""
         self.requires_grad_(False)
-        self.projection.requires_grad_(True)
-        self.llama.embed_tokens.requires_grad_(True)
+        for module in (*self.fresh, self.llama.embed_tokens):
+            module.requires_grad_(True)
 
     def image_tokens(self, images: Tensor) -> Tensor:
         """Pixels (I, 3, image_size, image_size) uint8 to image tokens (I, n_queries, C)."""
-        return self.projection(self.vit(normalized(images, self.vit.conv1.weight.dtype)))
+        return self.projection(self.vit(normalized(images, self.projection.weight.dtype)))
 
     def embed(self, ids: Tensor, kind: Tensor, image_tokens: Tensor) -> Tensor:
         """Embeddings (B, T, C): of words by ids (B, T), and image_tokens (I, n_queries, C) where kind is IMAGE.
@@ -170,8 +174,20 @@ class ModelConfig:
     attention: str = "mmca"     # a name in mmca.py's ATTENTION
     llama: str = ""             # folder of the language model; if empty, `find_weights` looks for it
     vit: str = ""               # folder of the visual encoder; likewise
+    variant: str = ""           # a name in VARIANTS
 
 
+@dataclass(frozen=True)
+class Variant:
+    """A model that differs from the paper's. Programs that build on this one add theirs to VARIANTS."""
+    change: Callable[[VisualChat], None] = lambda model: None       # while it may lie on the meta device
+    ready: Callable[[VisualChat], None] = lambda model: None        # when a training result is in it
+
+
+VARIANTS = {"": Variant()}
+# Visual encoders, by the entry of their config.json that describes them. Each has a `config` with image_size,
+# output_dim and n_queries, and `from_pretrained` and `tensors` as in vit.py.
+ENCODERS = {"visual": VisionTransformer}
 REPOSITORIES = {                # for each size where LLaMA and the ViT are published
     "tiny": ("tiny/llama", "tiny/vit"),
     "7b": ("meta-llama/Llama-2-7b-hf", "Qwen/Qwen-VL"),
@@ -188,13 +204,22 @@ def towers(config: ModelConfig) -> tuple[Path, Path]:
     return Path(config.llama or find_weights(llama)), Path(config.vit or find_weights(vit))
 
 
+def encoder_in(folder: Path) -> type:
+    """The class of the visual encoder in a folder: that of QWen-VL, unless its config.json names another one."""
+    path = folder / CONFIG
+    described = read_json(path) if path.is_file() else {}
+    return next((kind for entry, kind in ENCODERS.items() if entry in described), VisionTransformer)
+
+
 def build(config: ModelConfig, dtype=torch.float32, device="cpu") -> VisualChat:
     """The model with its pre-trained towers and a fresh projection; raises as `towers` and their loaders do."""
     if config.attention not in ATTENTION:
         raise ValueError(f"no attention {config.attention!r}; there are {', '.join(ATTENTION)}")
     llama, vit = towers(config)
-    return VisualChat(VisionTransformer.from_pretrained(vit, dtype, device),
-                      Llama.from_pretrained(llama, config.attention, dtype, device))
+    model = VisualChat(encoder_in(vit).from_pretrained(vit, dtype, device),
+                       Llama.from_pretrained(llama, config.attention, dtype, device))
+    VARIANTS[config.variant].change(model)
+    return model
 
 
 def save(folder: Path, trained: dict[str, Tensor], config: ModelConfig):
@@ -232,7 +257,10 @@ def load(folder: Path | str, dtype=torch.float32, device="cpu") -> tuple[VisualC
     if (template := found.pop("template", 1)) != TEMPLATE:
         raise ValueError(f"{folder / CONFIG} was trained with version {template!r:.40} of the prompt template, "
                          f"and data.py has version {TEMPLATE}: train it again")
-    known, default = {"size": REPOSITORIES, "attention": ATTENTION}, asdict(ModelConfig())
+    if (variant := found.get("variant", "")) not in VARIANTS:
+        raise ValueError(f"{folder / CONFIG}: this is variant {variant!r:.60} of the model, of another program than "
+                         "this one: start it with the program that trained it")
+    known, default = {"size": REPOSITORIES, "attention": ATTENTION, "variant": VARIANTS}, asdict(ModelConfig())
     for name, value in found.items():
         if name not in default or not isinstance(value, str) or value not in known.get(name, [value]):
             raise ValueError(f"{folder / CONFIG}: unknown setting {name!r:.40}: {value!r:.60}; expected texts "
@@ -242,4 +270,5 @@ def load(folder: Path | str, dtype=torch.float32, device="cpu") -> tuple[VisualC
     config = ModelConfig(**found)
     model = build(config, dtype, device)
     load_trained(model, read_file(folder / TRAINED), folder / TRAINED)
+    VARIANTS[config.variant].ready(model)
     return model, config

@@ -36,6 +36,7 @@ from visualchat import ModelConfig, VisualChat, build, readable, towers
 from vit import Block, VisionConfig, VisionTransformer, read_vision_config
 from weights import check_numbers, read_json, without_values
 
+BETAS = (0.0, 0.95)             # AdamW's, as in the paper
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -221,7 +222,7 @@ class FrozenLinear(torch.autograd.Function):
 def for_zero_3(model: VisualChat):
     """What makes ZeRO-3 lighter and faster for this model, with the same results."""
     for linear in model.llama.layers.modules():
-        if isinstance(linear, nn.Linear):
+        if type(linear) is nn.Linear:
             linear.forward = partial(lambda linear, x: FrozenLinear.apply(x, linear.weight), linear)
     # A layer is gathered and given up as a whole: DeepSpeed's hooks at each of its parts would cost more time.
     set_z3_leaf_modules(model, [Layer, Block])
@@ -258,9 +259,9 @@ def build_shared_out(config: ModelConfig, settings: dict) -> VisualChat:
                 own = tensor.flatten()[rank * part.numel():][:part.numel()]
                 check_numbers(name, own.to(part.dtype), folder)
                 part.data.flatten()[:len(own)].copy_(own)
-    with deepspeed.zero.GatheredParameters([model.llama.embed_tokens.weight, *model.projection.parameters()],
-                                           modifier_rank=0):
-        model.reset_projection()
+    model.freeze()
+    with deepspeed.zero.GatheredParameters([p for p in model.parameters() if p.requires_grad], modifier_rank=0):
+        model.reset_fresh()
     if swapper is None:                                         # The way from a drive knows single parts only.
         for_zero_3(model)
     return model
@@ -287,9 +288,10 @@ def engine_for(model: VisualChat, options: Options, steps: int, universal: bool)
 
     universal: it will load a checkpoint that another number of ranks wrote.
     """
-    optimizer = torch.optim.AdamW([dict(params=list(model.projection.parameters()), lr=options.lr),
+    fresh = [p for module in model.fresh for p in module.parameters()]
+    optimizer = torch.optim.AdamW([dict(params=fresh, lr=options.lr),
                                    dict(params=[model.llama.embed_tokens.weight], lr=options.embedding_lr)],
-                                  betas=(0.0, 0.95), weight_decay=0.0)
+                                  betas=BETAS, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: share_of_rate(step, steps))
     settings = settings_for(options, dist.get_world_size())
     settings["checkpoint"] = {**settings.get("checkpoint", {}), "load_universal": universal}

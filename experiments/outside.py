@@ -1,0 +1,44 @@
+"""How does an experiment change the model or the data from outside? As a variant of the model, and by swapping.
+
+Files of the main road know nothing of experiments. What an experiment needs of them is general: names that can be
+added to (`ATTENTION` in mmca.py, `VARIANTS` and `ENCODERS` in visualchat.py), a model's list `fresh`, and functions
+that can be swapped. Next: lessons.py, a file of short experiments. run.py starts them all.
+"""
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from mmca import ATTENTION
+from visualchat import VARIANTS, Variant
+
+ROOT = Path(__file__).parents[1]
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A system that the paper names."""
+    says: str                                       # what it is
+    section: str                                    # of the paper, or "release" for what only its code does
+    variant: Variant = Variant()                    # what it changes in the model
+    swaps: dict[Callable, Callable] = field(default_factory=dict)       # functions of ours, and what takes their place
+    values: dict[str, object] = field(default_factory=dict)     # likewise for constants, such as {"zero.BETAS": …}
+    options: tuple[str, ...] = ()                   # of train.py, beside those of the user
+    attention: str = ""                             # the name of an attention of its own
+
+
+def swap(old: object, new: object):
+    """Put `new` in the place of `old` in every file of the project that knows it."""
+    for module in list(sys.modules.values()):
+        if str(getattr(module, "__file__", "")).startswith(str(ROOT)):
+            for name in [name for name, value in vars(module).items() if value is old]:
+                setattr(module, name, new)
+
+
+def apply(name: str, experiment: Experiment):
+    """Change this process: from now on its models and its data are those of the experiment."""
+    VARIANTS[name] = experiment.variant
+    if experiment.attention and experiment.attention not in ATTENTION:
+        ATTENTION.append(experiment.attention)
+    for old, new in experiment.swaps.items():
+        swap(old, new)
