@@ -87,7 +87,7 @@ class KeptFeatures:
         Raises ValueError for an image that cannot be read or overflows the ViT's type, unless skip_bad is set.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        weight, size = vit.conv1.weight, vit.config.image_size
+        weight, size = next(vit.parameters()), vit.config.image_size
 
         def opened(image: ImageFile) -> tuple[ImageFile, Path, Tensor] | None:
             try:

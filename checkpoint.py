@@ -29,6 +29,7 @@ from pathlib import Path
 import deepspeed.comm as dist
 import torch
 from deepspeed.utils import safe_get_full_fp32_param
+from PIL import Image, ImageDraw
 from safetensors import SafetensorError
 from torch import Tensor
 from torch.serialization import get_unsafe_globals_in_checkpoint
@@ -146,7 +147,7 @@ def writing(folder: Path) -> Iterator[None]:
                       "with --resume") from error
 
 
-# ---- log.csv, which goes on after a kill, too ----
+# ---- log.csv, which goes on after a kill, too, and loss.png ----
 
 def write_log(rows: list[dict], path: Path):
     with replacing(path) as unfinished, open(unfinished, "w", newline="") as file:
@@ -166,6 +167,28 @@ def read_log(path: Path, step: int) -> list[dict]:
                     for row in csv.DictReader(file) if int(row["step"]) <= step]
     except (ValueError, TypeError, LookupError, AttributeError, csv.Error) as error:
         raise ValueError(f"{path} is no log of a run: delete it, and the run goes on without: {error}") from error
+
+
+def draw_curve(rows: list[dict], path: Path, width: int = 900, height: int = 500):
+    """The loss over the steps as an image: training as a blue line, validation as orange dots."""
+    losses = [(row["step"], row["loss"]) for row in rows]
+    checks = [(row["step"], row["val_loss"]) for row in rows if row["val_loss"] != ""]
+    top, last = max(loss for _, loss in losses + checks), losses[-1][0]
+    image = Image.new("RGB", (width, height), "white")
+    pen = ImageDraw.Draw(image)
+
+    def at(step: float, loss: float) -> tuple[float, float]:
+        return 60 + step / last * (width - 90), height - 40 - loss / top * (height - 80)
+
+    for i in range(5):
+        pen.line((at(0, top * i / 4), at(last, top * i / 4)), "#DDDDDD")
+        pen.text(at(0, top * i / 4), f"{top * i / 4:.2f} ", "black", anchor="rm", font_size=14)
+        pen.text(at(last * i / 4, 0), f"\n{last * i // 4}", "black", anchor="ma", font_size=14)
+    pen.line([at(*point) for point in losses], "#4C72B0", width=2)
+    for point in checks:
+        pen.circle(at(*point), 5, "#DD8452")
+    pen.text((60, 8), "loss per answer token by step: training (line), validation (dots)", "black", font_size=14)
+    image.save(path)
 
 
 # ---- checkpoints ----

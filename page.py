@@ -63,9 +63,9 @@ def looks_of(model: VisualChat, encoded: Encoded) -> Looks:
 
     Raises ValueError where there is no image, or no MMCA, and as `read_image` does.
     """
-    if not encoded.images or model.llama.attention not in ("mmca", "written"):
+    if not encoded.images or model.llama.attention not in ("mmca", "written") or not hasattr(model.vit, "attn_pool"):
         raise ValueError("there is nothing to show: where a model looked is seen with an image, and with a model "
-                         "that was trained with mmca")
+                         "that was trained with mmca and QWen-VL's encoder")
     device, vision = model.projection.weight.device, model.vit.config
     pixels = torch.stack([load_pixels(file, vision.image_size) for file in encoded.images]).to(device)
     tokens, patches = patches_of(model, pixels)

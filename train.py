@@ -16,7 +16,6 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageDraw
 from torch import Tensor
 from tqdm import tqdm
 
@@ -25,8 +24,8 @@ from zero import (DTYPES, build_model, check_machine, check_options, dist, engin
                   per_rank, plan_text, settings_for, share_of_peak, start)
 
 from album import KeptFeatures
-from checkpoint import (Stop, has_ended, identity, image_names, is_lost_rank, latest, load_checkpoint, only_run,
-                        read_log, remove_checkpoints, save_checkpoint, trained, write_log, writing)
+from checkpoint import (Stop, draw_curve, has_ended, identity, image_names, is_lost_rank, latest, load_checkpoint,
+                        only_run, read_log, remove_checkpoints, save_checkpoint, trained, write_log, writing)
 from data import Conversations, order, split
 from llama import Tokenizer
 from loader import blank_batch, end_workers, failure_text, loader, workers_that_fit
@@ -143,28 +142,6 @@ def evaluate(engine, held_out: Conversations, options: Options) -> tuple[float, 
 
 
 # ---- what can be looked at ----
-
-def draw_curve(rows: list[dict], path: Path, width: int = 900, height: int = 500):
-    """The loss over the steps as an image: training as a blue line, validation as orange dots."""
-    losses = [(row["step"], row["loss"]) for row in rows]
-    checks = [(row["step"], row["val_loss"]) for row in rows if row["val_loss"] != ""]
-    top, last = max(loss for _, loss in losses + checks), losses[-1][0]
-    image = Image.new("RGB", (width, height), "white")
-    pen = ImageDraw.Draw(image)
-
-    def at(step: float, loss: float) -> tuple[float, float]:
-        return 60 + step / last * (width - 90), height - 40 - loss / top * (height - 80)
-
-    for i in range(5):
-        pen.line((at(0, top * i / 4), at(last, top * i / 4)), "#DDDDDD")
-        pen.text(at(0, top * i / 4), f"{top * i / 4:.2f} ", "black", anchor="rm", font_size=14)
-        pen.text(at(last * i / 4, 0), f"\n{last * i // 4}", "black", anchor="ma", font_size=14)
-    pen.line([at(*point) for point in losses], "#4C72B0", width=2)
-    for point in checks:
-        pen.circle(at(*point), 5, "#DD8452")
-    pen.text((60, 8), "loss per answer token by step: training (line), validation (dots)", "black", font_size=14)
-    image.save(path)
-
 
 def update_bar(bar: tqdm, rows: list[dict], options: Options):
     """Show the last step in the progress bar; speeds are those of the last twenty, without padding."""

@@ -258,8 +258,8 @@ def load(folder: Path | str, dtype=torch.float32, device="cpu") -> tuple[VisualC
         raise ValueError(f"{folder / CONFIG} was trained with version {template!r:.40} of the prompt template, "
                          f"and data.py has version {TEMPLATE}: train it again")
     if (variant := found.get("variant", "")) not in VARIANTS:
-        raise ValueError(f"{folder / CONFIG}: this is variant {variant!r:.60} of the model, of another program than "
-                         "this one: start it with the program that trained it")
+        raise ValueError(f"{folder / CONFIG}: this is variant {variant!r:.60} of the model, which this program does "
+                         "not know: start it with the program that trained it")
     known, default = {"size": REPOSITORIES, "attention": ATTENTION, "variant": VARIANTS}, asdict(ModelConfig())
     for name, value in found.items():
         if name not in default or not isinstance(value, str) or value not in known.get(name, [value]):

@@ -155,7 +155,8 @@ def find_weights(repository: str) -> Path:
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # What `torch.save` writes of a table of tensors needs no other functions and classes than these.
 IN_PICKLES = {"collections OrderedDict", "torch._utils _rebuild_tensor_v2", "torch._utils _rebuild_parameter",
-              "torch FloatStorage", "torch HalfStorage", "torch BFloat16Storage", "torch DoubleStorage"}
+              "torch FloatStorage", "torch HalfStorage", "torch BFloat16Storage", "torch DoubleStorage",
+              "torch LongStorage"}
 
 
 def check_pickle(path: Path):

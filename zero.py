@@ -259,6 +259,7 @@ def build_shared_out(config: ModelConfig, settings: dict) -> VisualChat:
                 own = tensor.flatten()[rank * part.numel():][:part.numel()]
                 check_numbers(name, own.to(part.dtype), folder)
                 part.data.flatten()[:len(own)].copy_(own)
+                part.data.flatten()[len(own):].zero_()          # behind the file's values: padding, or a variant's
     model.freeze()
     with deepspeed.zero.GatheredParameters([p for p in model.parameters() if p.requires_grad], modifier_rank=0):
         model.reset_fresh()

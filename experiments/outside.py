@@ -1,11 +1,10 @@
 """How does an experiment change the model or the data from outside? As a variant of the model, and by swapping.
 
-Files of the main road know nothing of experiments. What an experiment needs of them is general: names that can be
-added to (`ATTENTION` in mmca.py, `VARIANTS` and `ENCODERS` in visualchat.py), a model's list `fresh`, and functions
-that can be swapped. Next: lessons.py, a file of short experiments. run.py starts them all.
+Files of the main road know nothing of experiments. What an experiment needs of them is general: lists that names can
+be added to (`ATTENTION` in mmca.py, `VARIANTS` and `ENCODERS` in visualchat.py), a model's list `fresh`, and
+functions that can be swapped. Next: lessons.py, a file of short experiments. run.py starts them all.
 """
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,17 +19,22 @@ class Experiment:
     """A system that the paper names."""
     says: str                                       # what it is
     section: str                                    # of the paper, or "release" for what only its code does
-    variant: Variant = Variant()                    # what it changes in the model
-    swaps: dict[Callable, Callable] = field(default_factory=dict)       # functions of ours, and what takes their place
-    values: dict[str, object] = field(default_factory=dict)     # likewise for constants, such as {"zero.BETAS": …}
+    variant: Variant = VARIANTS[""]                 # what it changes in the model
+    swaps: tuple[tuple, ...] = ()                   # pairs: something of the project, and what takes its place
+    values: dict[str, object] = field(default_factory=dict)     # constants by name, such as {"zero.BETAS": …}
     options: tuple[str, ...] = ()                   # of train.py, beside those of the user
     attention: str = ""                             # the name of an attention of its own
 
+    @property
+    def in_results(self) -> bool:
+        """Whether a result must name it, because chat and exam need it, too."""
+        return bool(self.swaps) or self.variant is not VARIANTS[""]
+
 
 def swap(old: object, new: object):
-    """Put `new` in the place of `old` in every file of the project that knows it."""
+    """Put `new` in the place of `old` in every file of the project that knows it, but for the experiments."""
     for module in list(sys.modules.values()):
-        if str(getattr(module, "__file__", "")).startswith(str(ROOT)):
+        if Path(str(getattr(module, "__file__", ""))).parent in (ROOT, ROOT / "tiny"):
             for name in [name for name, value in vars(module).items() if value is old]:
                 setattr(module, name, new)
 
@@ -40,5 +44,5 @@ def apply(name: str, experiment: Experiment):
     VARIANTS[name] = experiment.variant
     if experiment.attention and experiment.attention not in ATTENTION:
         ATTENTION.append(experiment.attention)
-    for old, new in experiment.swaps.items():
+    for old, new in experiment.swaps:
         swap(old, new)

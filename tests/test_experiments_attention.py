@@ -5,7 +5,7 @@ import sys
 import pytest
 
 import recipe
-from experiments import attention
+from experiments import attention, run
 from tiny.exam import Marked, write_marked
 
 
@@ -21,7 +21,7 @@ def test_the_table_has_mean_and_range_of_the_seeds(tmp_path, monkeypatch, capsys
     for name, first, second in (("mmca", 18, 20), ("causal", 10, 12)):
         write(tmp_path / f"{name}-0", first)
         write(tmp_path / f"{name}-1", second)
-    monkeypatch.setattr(attention.subprocess, "run", lambda *args, **settings: 1 / 0)   # nothing is trained
+    monkeypatch.setattr(run.subprocess, "run", lambda *args, **settings: 1 / 0)   # nothing is trained
     monkeypatch.setattr(sys, "argv", ["attention.py", "--seeds", "0", "1", "--out", str(tmp_path)])
     attention.main()
     lines = capsys.readouterr().out.splitlines()
@@ -39,23 +39,24 @@ def test_what_is_missing_is_trained_and_examined_with_settings_that_both_know(tm
         commands.append(command)
         (tmp_path / "causal-7").mkdir(exist_ok=True)
         (tmp_path / "causal-7/trained.safetensors").touch()
-        if "tiny.exam" in command:
+        if "exam" in command:
             write(tmp_path / "causal-7", 10)
         return subprocess.CompletedProcess(command, 0)
 
-    monkeypatch.setattr(attention.subprocess, "run", done)
-    found = attention.exam_of("causal", 7, tmp_path, ["--lr", "1e-3"])
+    monkeypatch.setattr(run.subprocess, "run", done)
+    found = run.exam_of("causal", 7, tmp_path, ["--lr", "1e-3"])
     assert found["seen pairs, one image"]["right"] == 50 and len(commands) == 2
-    assert commands[1][1:] == ["-m", "tiny.exam", "--model", str(tmp_path / "causal-7")]
-    monkeypatch.setattr(sys, "argv", commands[0][1:])
+    assert commands[1][1:] == ["-m", "experiments.run", "causal", "exam", "--model", str(tmp_path / "causal-7")]
+    assert commands[0][1:5] == ["-m", "experiments.run", "causal", "train"]
+    monkeypatch.setattr(sys, "argv", ["train.py", *run.EXPERIMENTS["causal"].options, *commands[0][5:]])
     options = recipe.command_line("")
     assert (options.size, options.attention, options.seed, options.lr) == ("tiny", "causal", 7, 1e-3)
     assert options.out == str(tmp_path / "causal-7") and options.resume
-    attention.exam_of("causal", 7, tmp_path, [])
+    run.exam_of("causal", 7, tmp_path, [])
     assert len(commands) == 2                                   # nothing is missing
     (tmp_path / "causal-7/checkpoints").mkdir()
-    attention.exam_of("causal", 7, tmp_path, [])
+    run.exam_of("causal", 7, tmp_path, [])
     assert len(commands) == 3                                   # what was interrupted goes on
-    monkeypatch.setattr(attention.subprocess, "run", lambda command: subprocess.CompletedProcess(command, 130))
+    monkeypatch.setattr(run.subprocess, "run", lambda command: subprocess.CompletedProcess(command, 130))
     with pytest.raises(SystemExit, match="causal-8 did not end; the same command goes on with it"):
-        attention.exam_of("causal", 8, tmp_path, [])
+        run.exam_of("causal", 8, tmp_path, [])

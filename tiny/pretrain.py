@@ -87,7 +87,7 @@ def optimize(tower: nn.Module, heads: nn.Module, loss_of: Callable[[int], Tensor
     state is kept in UNFINISHED, and the same call goes on from there. So loss_of must depend on the step and on
     PyTorch's random numbers alone, which begin anew at each step.
     """
-    outer = ("embed_tokens", "lm_head")
+    outer = ("embed", "lm_head")
     matrices = [p for parameter, p in tower.named_parameters()
                 if p.ndim == 2 and "weight" in parameter and not parameter.startswith(outer)]
     others = [p for p in (*tower.parameters(), *heads.parameters()) if all(p is not matrix for matrix in matrices)]
@@ -120,36 +120,38 @@ def optimize(tower: nn.Module, heads: nn.Module, loss_of: Callable[[int], Tensor
 
 # ---- ViT: token i tells attribute i ----
 
-def drawn(n: int, seed: int) -> tuple[Tensor, Tensor]:
+def drawn(n: int, seed: int, image_size: int = VIT.image_size) -> tuple[Tensor, Tensor]:
     """Pixels (n, 3, image_size, image_size) uint8 of random scenes, and their attributes as numbers (n, 4)."""
     rng = random.Random(seed)
     scenes = [random_scene(rng, [], ALL_SCENES) for _ in range(n)]
-    images = [to_pixels(draw_scene(scene, rng), VIT.image_size) for scene in tqdm(scenes, "drawing", leave=False)]
+    images = [to_pixels(draw_scene(scene, rng), image_size) for scene in tqdm(scenes, "drawing", leave=False)]
     return torch.stack(images), torch.tensor([numbers_of(scene) for scene in scenes])
 
 
-def pretrain_vit(steps: int) -> VisionTransformer:
-    """A ViT whose token i comes near to a random vector that stands for value i of the scene; prints how often
-    the nearest vector is the right one.
+def pretrain_vit(vit: nn.Module, steps: int, name: str = "ViT") -> nn.Module:
+    """Train a ViT until its token i comes near to a random vector that stands for value i of the scene; prints how
+    often the nearest vector is the right one.
+
+    vit: any visual encoder of ENCODERS in visualchat.py that makes four tokens; name: for its progress.
 
     The vectors are fixed, and nearly alike in length and distance. So one linear layer can turn each into any word
     embedding, which is what the projection of VisualChat has to learn, and gradients move all values equally fast.
     """
-    vit, vectors = VisionTransformer(VIT), torch.randn(len(VALUES), VIT.output_dim)
+    vectors, size = torch.randn(len(VALUES), vit.config.output_dim), vit.config.image_size
     first = torch.tensor([0, *accumulate(N_VALUES)][:-1])                   # of each attribute's vectors
-    images, targets = drawn(N_IMAGES, seed=1)
+    images, targets = drawn(N_IMAGES, 1, size)
 
     def loss_of(step: int) -> Tensor:
         chosen = torch.randint(len(images), (64,))
         return F.mse_loss(vit(normalized(images[chosen])), vectors[targets[chosen] + first])
 
-    optimize(vit, nn.Module(), loss_of, steps, name="ViT")                  # no heads
-    fresh, wanted = drawn(N_FRESH, seed=2)
+    optimize(vit, nn.Module(), loss_of, steps, name)                        # no heads
+    fresh, wanted = drawn(N_FRESH, 2, size)
     with torch.no_grad():
         tokens = torch.cat([vit(normalized(part)) for part in fresh.split(100)])        # (N_FRESH, 4, output_dim)
     read = [torch.cdist(tokens[:, i], part).argmin(1) for i, part in enumerate(vectors.split(N_VALUES))]
     right = torch.stack(read, dim=1) == wanted
-    print(f"ViT, attributes read from {N_FRESH} fresh images:",
+    print(f"{name}, attributes read from {N_FRESH} fresh images:",
           *(f"{name} {share:.4f}" for name, share in zip(ATTRIBUTES, right.float().mean(0).tolist())),
           f"all four {right.all(1).float().mean():.4f}", sep="  ")
     return vit
@@ -355,7 +357,7 @@ def main():
     for name in [tower] if tower else STEPS:
         torch.manual_seed(0)                                    # for the first weights
         if name == "vit":
-            write_vit(pretrain_vit(STEPS[name]), WEIGHTS / name)
+            write_vit(pretrain_vit(VisionTransformer(VIT), STEPS[name]), WEIGHTS / name)
         else:
             tokenizer = train_tokenizer(UNFINISHED)
             write_llama(pretrain_llama(tokenizer, STEPS[name]), WEIGHTS / name)
