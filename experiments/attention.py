@@ -1,12 +1,10 @@
 """MMCA against causal attention, or other experiments: the tiny size, several seeds; one table compares them.
 
     python -m experiments.attention                             five seeds of both: ten trainings with their exams
-    python -m experiments.attention --seeds 0 1                 two seeds
     python -m experiments.attention --compare mmca cross lora   other experiments (run.py)
 
-It trains and examines as run.py does and reads the eval.csv of each run. Options that it does not know go to
-train.py. Runs that are there already are not repeated, so other options need another --out. The paper compares the
-first two at 7b, on the same two datasets. Before: run.py.
+Options that it does not know go to train.py. Runs that are there already are not repeated, so other options need
+another --out. The paper compares the first two at 7b, on the same two datasets. Before: run.py.
 """
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path

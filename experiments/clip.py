@@ -2,9 +2,8 @@
 
     224×224 image ─► 16×16 patches and a class token ─► 24 transformer layers ─► 256 tokens, one per patch
 
-Nothing sums the patches up: at 336×336 an image takes 576 tokens. Every module has its name in the official files
-of ViT-L/14, under `vision_model.`. --vit then takes such a folder, openai/clip-vit-large-patch14 or -336, too.
-`python -m experiments.clip` pre-trains the tiny one anew. Before: vit.py, whose place it takes.
+Every module has its name in the official files of ViT-L/14, under `vision_model.`; --vit then takes such a folder,
+too. `python -m experiments.clip` pre-trains the tiny one anew. Before: vit.py, whose place it takes.
 """
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -56,8 +55,6 @@ STEPS = 6000            # Then it read of 2,000 fresh images size, color and pla
 # ---- parts ----
 
 class ClipEmbeddings(nn.Module):
-    """The class token and the patches, with learned positions."""
-
     def __init__(self, config: ClipConfig):
         super().__init__()
         self.class_embedding = small_random(config.hidden_size)
@@ -111,16 +108,14 @@ class ClipLayer(nn.Module):
 # ---- the whole ----
 
 def read_clip_config(path: Path) -> ClipConfig:
-    """Sizes from config.json's `vision_config`; raises ValueError where they are no encoder of this kind."""
+    """Sizes from config.json's `vision_config`; raises ValueError for those of another encoder."""
     if not isinstance(found := read_json(path).get(ENTRY), dict):
         raise ValueError(f"{path} has no `{ENTRY}` section: is this a CLIP folder?")
     if other := {name: found[name] for name, value in FIXED.items() if found.get(name, value) != value}:
         raise ValueError(f"{path} has {other!s:.120}, expected {FIXED} as in OpenAI's CLIP")
     config = sizes(ClipConfig, found, path)
-    if (config.image_size % config.patch_size or config.hidden_size % config.num_attention_heads or
-            config.image_size > 4096):
-        raise ValueError(f"{path} has sizes that do not fit each other: expected whole patches, equal heads and "
-                         f"images of at most 4,096 pixels a side; found {config}")
+    if config.image_size % config.patch_size or config.hidden_size % config.num_attention_heads:
+        raise ValueError(f"{path}: expected whole patches and equal heads, found {config}")
     return config
 
 
@@ -137,9 +132,8 @@ class ClipVision(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Normalized pixels (I, 3, image_size, image_size) to features (I, n_queries, output_dim).
 
-        They are the patches as the last layer leaves them, the official `last_hidden_state`, as in the paper's
-        released code. CLIP's last LayerNorm is for the class token alone, so it is loaded and never used. The
-        released code passes the class token on, too; here every token is a part of the image.
+        They are the official `last_hidden_state`, as in the paper's released code, but without the class token. The
+        last LayerNorm is for that one alone, so it is loaded and never used.
         """
         x = self.pre_layrnorm(self.embeddings(images))
         for layer in self.encoder["layers"]:
@@ -148,10 +142,7 @@ class ClipVision(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: Path | str, dtype=None, device="cpu") -> "ClipVision":
-        """The visual encoder of an official CLIP folder, from safetensors or a pickle, without the text encoder.
-
-        Raises FileNotFoundError for absent files and ValueError for wrong ones.
-        """
+        """From an official CLIP folder, without the text encoder; raises FileNotFoundError or ValueError."""
         folder = Path(folder)
         with without_values():
             vit = cls(read_clip_config(folder / "config.json"))
@@ -160,10 +151,7 @@ class ClipVision(nn.Module):
 
     @staticmethod
     def tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
-        """(name in this module, tensor) of a CLIP folder's visual encoder, memory-mapped.
-
-        Old files hold `position_ids`, too: the numbers from 0 on, which `forward` counts itself.
-        """
+        """(name in this module, tensor); old files' `position_ids` are the numbers that `forward` counts itself."""
         return ((name.removeprefix(PREFIX), tensor) for name, tensor in read_tensors(folder, PREFIX)
                 if name != f"{PREFIX}embeddings.position_ids")
 

@@ -8,8 +8,8 @@
 
 It is the paper's other baseline (section 4.1, the middle of Figure 4), after Flamingo (arXiv 2204.14198) and Otter
 (arXiv 2305.03726). Both gates start at 0, where the model is LLaMA on the text alone. A text token sees all images
-before it, as in Figure 4 (in Flamingo the last one). Positions count text alone, and image tokens have none: which
-image is which, the text between them must tell, as it sees the earlier ones only. Before: mmca.py, llama.py.
+before it (in Flamingo the last one). Positions count text alone, and image tokens have none: which image is which,
+the text between them must tell, as it sees the earlier ones only. Before: mmca.py, llama.py.
 """
 import copy
 from collections.abc import Callable
@@ -30,11 +30,7 @@ from weights import without_values
 # ---- a block ----
 
 def places(n_layers: int) -> range:
-    """The numbers of the layers that have a block before them.
-
-    It is every fourth layer, as in the models of Flamingo's and Otter's size. A LLaMA of few layers, such as the
-    tiny one of 6, would get a single block that way, so there it is every second.
-    """
+    """The numbers of the layers with a block before them: every fourth, in the tiny LLaMA of 6 every second."""
     every = 4 if n_layers >= 12 else 2
     return range(every - 1, n_layers, every)
 
@@ -71,11 +67,9 @@ class CrossBlock(nn.Module):
 
     def __init__(self, config: LlamaConfig):
         super().__init__()
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.image_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.cross_attn = CrossAttention(config)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = MLP(config)
+        self.input_layernorm, self.image_layernorm, self.post_attention_layernorm = (
+            RMSNorm(config.hidden_size, config.rms_norm_eps) for _ in range(3))
+        self.cross_attn, self.mlp = CrossAttention(config), MLP(config)
         self.attention_gate, self.mlp_gate = (nn.Parameter(torch.zeros(1)) for _ in range(2))
 
     def reset_parameters(self):

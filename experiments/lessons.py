@@ -1,6 +1,4 @@
-"""What the paper tried beside its main road, and found not to help (sections 4.3 and 5.2.4): a few lines each, from
-outside. The list at the end names them. Before: outside.py. Next: released.py.
-"""
+"""What the paper tried beside its main road, and found not to help (sections 4.3 and 5.2.4). Before: outside.py."""
 import random
 import re
 from collections.abc import Iterator
@@ -80,7 +78,7 @@ def special_line_ids(text: str, tokenizer: Tokenizer) -> list[int]:
 
 
 class NewRows(nn.Module):
-    """First values for the rows that the embedding got; it has no parameters itself."""
+    """First values for the embedding's new rows; it has no parameters itself."""
 
     def __init__(self, embedding: nn.Embedding, n_old: int):
         super().__init__()
@@ -127,8 +125,7 @@ def moved(text: str, first: int) -> str:
 def shuffled_blend(reader, instructions, images, *files) -> Iterator[Conversation]:
     """`sources.blend` with one image more in each conversation, at a place that the seed draws.
 
-    It is shown with the image that follows it, or last of all with the one before. What texts say of later images
-    moves on by one.
+    It is shown with the image behind it. What texts say of that one and of later ones moves on by one.
     """
     rng, others = random.Random(f"{reader.seed} shuffled"), sorted(images.glob("*.jpg"))
     for conversation in plain_blend(reader, instructions, images, *files):

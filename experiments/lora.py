@@ -3,13 +3,9 @@
     python -m experiments.run lora                      rank 8 on q_proj and v_proj of LLaMA; lora_vit: of the ViT
     python -m experiments.run lora:16:q_proj,k_proj     another rank, and other layers
 
-To a frozen matrix W (out, in) it adds the product of two narrow ones, which train:
-
-    y = W x + (ALPHA / rank) B A x          A (rank, in) random, B (out, rank) zero at the start
-
-So training starts with the outputs of the unchanged model. Afterwards the product is added into W: an answer takes
-no longer than without LoRA. The paper tried it on either tower and it brought nothing (section 4.3).
-Before: outside.py.
+To a frozen matrix W (out, in) it adds the product of two narrow ones, which train: y = W x + (ALPHA / rank) B A x.
+A (rank, in) is random, B (out, rank) zero at first, so at first nothing changes. Afterwards the product is added
+into W. The paper found that LoRA brings nothing (section 4.3). Before: outside.py.
 """
 from functools import partial
 
@@ -50,10 +46,7 @@ class LoraLinear(nn.Linear):
 
 
 def add_pairs(model: VisualChat, rank: int, targets: tuple[str, ...], tower: str):
-    """Give a fresh Pair to each linear layer of a tower whose own name is one of `targets`.
-
-    Raises ValueError for a target that no linear layer has.
-    """
+    """Give a Pair to each linear layer of a tower that is called so; raises ValueError where there is none."""
     linears = [(name.rpartition(".")[2], module) for name, module in getattr(model, tower).named_modules()
                if type(module) is nn.Linear]                # lm_head, a subclass, stays as it is
     known = {name for name, _ in linears}
@@ -83,10 +76,7 @@ def merge(model: VisualChat):
 
 
 def lora(rank: int = 8, targets: tuple[str, ...] = (), tower: str = "llama") -> Experiment:
-    """LoRA on these linear layers of a tower, llama or vit; by default those in TARGETS.
-
-    Raises ValueError for a rank below 1. A target that no layer has is refused when the model is built.
-    """
+    """LoRA on these layers of llama or vit, by default those in TARGETS; raises ValueError for a rank of 0."""
     if rank < 1:
         raise ValueError(f"LoRA of rank {rank}: expected 1 or more")
     targets = targets or TARGETS[tower]

@@ -1,8 +1,7 @@
 """How does an experiment change the model or the data from outside? As a variant of the model, and by swapping.
 
-Files of the main road know nothing of experiments. What an experiment needs of them is general: lists that names can
-be added to (`ATTENTION` in mmca.py, `VARIANTS` and `ENCODERS` in visualchat.py), a model's list `fresh`, and
-functions that can be swapped. Next: lessons.py, a file of short experiments. run.py starts them all.
+Files of the main road know nothing of experiments. What these need of them is general: `ATTENTION` in mmca.py,
+`VARIANTS` and `ENCODERS` in visualchat.py, a model's list `fresh`. Next: lessons.py, with short ones.
 """
 import sys
 from dataclasses import dataclass, field

@@ -1,5 +1,5 @@
-"""Where the released code departs from the paper, one departure at a time: a few lines each, from outside. The list
-at the end names them; README's table has more, which a correct program cannot show alone. Before: lessons.py.
+"""Where the released code departs from the paper, one departure at a time. README's table has more of them, which a
+correct program cannot show alone. Before: lessons.py.
 """
 from dataclasses import replace
 
@@ -36,12 +36,11 @@ def leaking(q: Tensor, k: Tensor, v: Tensor, kind: Tensor, past: int = 0) -> Ten
     return ((masked_softmax(scores, m == 1) + second) @ v).flatten(1, 2).to(k.dtype)
 
 
-def images_read(q: Tensor, k: Tensor, v: Tensor, kind: Tensor, past: int = 0) -> Tensor:
-    """`mmca.mmca`, but an image token attends to itself and to all text before it."""
-    m, index = matrix(kind, past), torch.arange(kind.shape[1], device=kind.device)
+def images_read(kind: Tensor, past: int = 0) -> Tensor:
+    """`mmca.matrix`, but an image token attends to itself and to all text before it."""
+    index = torch.arange(kind.shape[1], device=kind.device)
     reads = (kind[:, past:, None] == IMAGE) & (kind[:, None, :] == TEXT) & (index[past:, None] > index)
-    m, scores, v = torch.where(reads, 1, m)[:, None, None], scaled_scores(q, k), v[:, :, None].float()
-    return ((masked_softmax(scores, m == 1) + masked_softmax(scores, m == 2)) @ v).flatten(1, 2).to(k.dtype)
+    return torch.where(reads, 1, matrix(kind, past))
 
 
 def add_norm(model: VisualChat):
@@ -56,14 +55,13 @@ def cropped(image: Image.Image, size: int = 448) -> Tensor:
     return plain_to_pixels(ImageOps.fit(image, (min(image.size),) * 2), size)
 
 
-WRITTEN = ("--attention", "written")            # the form that calls `mmca.mmca`
 EXPERIMENTS = {
     "released_order": Experiment("images in reverse order", "release",
                                  swaps=((plain_to_tensors, reversed_images),)),
     "released_leak": Experiment("text before the first image reads all images", "release",
-                                swaps=((mmca.mmca, leaking),), options=WRITTEN),
+                                swaps=((mmca.mmca, leaking),), options=("--attention", "written")),
     "released_rows": Experiment("image tokens read earlier text", "release",
-                                swaps=((mmca.mmca, images_read),), options=WRITTEN),
+                                swaps=((matrix, images_read),), options=("--attention", "written")),
     "released_norm": Experiment("a LayerNorm behind the projection", "release", Variant(add_norm)),
     "released_betas": Experiment("AdamW with beta1 = 0.9", "release", values={"zero.BETAS": (0.9, 0.95)}),
     "released_crop": Experiment("the center of the image alone", "release",

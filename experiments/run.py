@@ -6,8 +6,7 @@
     python -m experiments.run lora chat examples/a.png             train, chat, evaluate or exam
     deepspeed --module experiments.run lora train --size 7b        on several GPUs
 
-The first form takes the options of train.py; results lie in out/experiments, the rows in experiments.csv there. A
-run that was stopped goes on with the same command. Before: the files with the experiments.
+The second form takes train.py's options; results and experiments.csv lie in out/experiments. It can be repeated.
 """
 import csv
 import importlib
@@ -62,8 +61,6 @@ def start(name: str, program: str, given: list[str]):
     module.main()
 
 
-# ---- what there is ----
-
 def added(experiment: Experiment, size: str) -> int:
     """How many more parameters train than in the paper's model of this size."""
     with without_values():
@@ -75,12 +72,9 @@ def added(experiment: Experiment, size: str) -> int:
 
 def list_text(size: str) -> str:
     """A line for each experiment."""
-    head = f"{'name':20}{'section':9}{f'adds at {size}':14}what it is"
-    return "\n".join([head, *(f"{name:20}{one.section:9}{readable(added(one, size)):14}{one.says}"
-                              for name, one in EXPERIMENTS.items())])
+    return "\n".join([f"{'name':20}{'section':9}{f'adds at {size}':14}what it is", *(
+        f"{name:20}{one.section:9}{readable(added(one, size)):14}{one.says}" for name, one in EXPERIMENTS.items())])
 
-
-# ---- a whole run ----
 
 def exam_of(name: str, seed: int, out: Path, options: list[str]) -> dict[str, dict]:
     """The table of a run's exam. What is missing is trained and examined first; options: more of train.py's."""

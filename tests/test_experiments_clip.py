@@ -115,9 +115,9 @@ def test_loading_is_strict(folder, changes, said):
 @pytest.mark.parametrize("changes, said", [
     ({"hidden_act": "gelu"}, "'hidden_act': 'gelu'.*expected .*quick_gelu"),
     ({"num_channels": 1}, "'num_channels': 1.*expected"),
-    ({"patch_size": 13}, "sizes that do not fit each other.*patch_size=13"),
-    ({"num_attention_heads": 5}, "sizes that do not fit each other.*equal heads"),
-    ({"image_size": 14 * 300}, "at most 4,096 pixels"), ({"hidden_size": None}, "lacks hidden_size"),
+    ({"patch_size": 13}, "whole patches and equal heads, found.*patch_size=13"),
+    ({"num_attention_heads": 5}, "whole patches and equal heads"),
+    ({"image_size": 14 * 300}, "does not fit the model"), ({"hidden_size": None}, "lacks hidden_size"),
     ({"layer_norm_eps": 0}, "layer_norm_eps 0, expected"), ({"image_size": [28, 28]}, "expected positive")])
 def test_a_configuration_that_does_not_fit_is_refused(folder, changes, said):
     describe(folder, **changes)
