@@ -112,7 +112,8 @@ class Cache:
         if after > (room := self.image[layer].shape[3]):    # 2n + 1: if just full, decode.py would compile anew.
             self.image[layer] = F.pad(self.image[layer], (0, 0, 0, 2 * after + 1 - room))
         image = self.image[layer][number, :, :, :after]
-        image[:, :, after - kv.shape[2]:] = kv
+        if kv.shape[2]:
+            image[:, :, after - kv.shape[2]:] = kv
         return image
 
     def extend(self, layer: int, number: int, text: tuple[Tensor, Tensor], image: tuple[Tensor, Tensor]) -> tuple:

@@ -224,6 +224,8 @@ def compact_attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout, extend: C
     queries = by_conversation(q, [segment.n_text for segment in layout.segments])
     texts = [attend_twice(query, *pairs, segment.runs)[0].transpose(0, 1)
              for query, pairs, segment in zip(queries, keys_and_values(k, v, layout, extend), layout.segments)]
+    if n_text == len(v):
+        return torch.cat(texts)
     # Each image token's output is its own value, which H/H_kv heads share.
     images = v[n_text:, :, None].expand(-1, -1, q.shape[1] // k.shape[1], -1).flatten(1, 2)
     return torch.cat((*texts, images))

@@ -63,7 +63,8 @@ def looks_of(model: VisualChat, encoded: Encoded) -> Looks:
 
     Raises ValueError where there is no image, or no MMCA, and as `read_image` does.
     """
-    if not encoded.images or model.llama.attention not in ("mmca", "written") or not hasattr(model.vit, "attn_pool"):
+    has_looks = model.llama.attention in ("mmca", "written") and hasattr(model.vit, "attn_pool")
+    if not encoded.images or not has_looks:
         raise ValueError("there is nothing to show: where a model looked is seen with an image, and with a model "
                          "that was trained with mmca and QWen-VL's encoder")
     device, vision = model.projection.weight.device, model.vit.config

@@ -75,16 +75,15 @@ class VisualChat(nn.Module):
         self.projection = nn.Linear(vit.config.output_dim, llama.config.hidden_size).to(llama.embed_tokens.weight)
         self.fresh = [self.projection]      # what no tower's files hold: it starts from first values, and trains
         if not llama.embed_tokens.weight.is_meta:
-            self.reset_fresh()
+            self.reset(self.projection)
 
-    def reset_fresh(self):
-        """First values: for the projection such that image tokens start as large as word embeddings."""
-        std = self.llama.embed_tokens.weight.float().std().item()   # the encoder ends in a LayerNorm: variance 1
-        nn.init.normal_(self.projection.weight, std=std * self.vit.config.output_dim ** -0.5)
-        nn.init.zeros_(self.projection.bias)
-        for module in self.fresh:
-            if module is not self.projection:
-                module.reset_parameters()
+    def reset(self, module: nn.Module):
+        """First values of a fresh module: the projection makes image tokens as large as word embeddings."""
+        if module is not self.projection:
+            return module.reset_parameters()
+        std = self.llama.embed_tokens.weight.float().std().item()   # QWen-VL ends in a LayerNorm: variance 1
+        nn.init.normal_(module.weight, std=std * self.vit.config.output_dim ** -0.5)
+        nn.init.zeros_(module.bias)
 
     def freeze(self):
         """Leave only what is fresh, and the token embedding, trainable (section 3 of the paper)."""
@@ -257,9 +256,9 @@ def load(folder: Path | str, dtype=torch.float32, device="cpu") -> tuple[VisualC
     if (template := found.pop("template", 1)) != TEMPLATE:
         raise ValueError(f"{folder / CONFIG} was trained with version {template!r:.40} of the prompt template, "
                          f"and data.py has version {TEMPLATE}: train it again")
-    if (variant := found.get("variant", "")) not in VARIANTS:
-        raise ValueError(f"{folder / CONFIG}: this is variant {variant!r:.60} of the model, which this program does "
-                         "not know: start it with the program that trained it")
+    if not isinstance(variant := found.get("variant", ""), str) or variant not in VARIANTS:
+        raise ValueError(f"{folder / CONFIG}: this is variant {variant!r:.60} of the model: open it by the "
+                         "program that trained it")
     known, default = {"size": REPOSITORIES, "attention": ATTENTION, "variant": VARIANTS}, asdict(ModelConfig())
     for name, value in found.items():
         if name not in default or not isinstance(value, str) or value not in known.get(name, [value]):

@@ -27,7 +27,7 @@ import deepspeed
 import deepspeed.comm as dist
 import deepspeed.ops
 from deepspeed.accelerator import get_accelerator
-from deepspeed.utils import logger, set_z3_leaf_modules
+from deepspeed.utils import logger, set_z3_leaf_module
 
 from llama import LLAMA_2, LOSS_CHUNK, Layer, LlamaConfig, read_llama_config
 from recipe import Options, share_of_rate
@@ -139,7 +139,7 @@ def zero_settings(options: Options, ranks: int) -> dict:
     values = counts(*published_sizes(options.size))
     zero = {
         "stage": options.zero,
-        # Gradients exist for what is trained alone, so one bucket holds them all, and none is larger than needed.
+        # Gradients exist for what is trained alone, so one bucket holds all of the paper's model.
         "reduce_bucket_size": values["trained"],
         # The next layer is fetched while this one computes: so many values ahead, and as many again in use. The
         # released code's 0 turns that off. Nothing is kept from the forward pass for the backward pass, except the
@@ -224,8 +224,9 @@ def for_zero_3(model: VisualChat):
     for linear in model.llama.layers.modules():
         if type(linear) is nn.Linear:
             linear.forward = partial(lambda linear, x: FrozenLinear.apply(x, linear.weight), linear)
-    # A layer is gathered and given up as a whole: DeepSpeed's hooks at each of its parts would cost more time.
-    set_z3_leaf_modules(model, [Layer, Block])
+    for module in model.modules():
+        if type(module) in (Layer, Block):      # Gathered and given up as a whole: fewer of DeepSpeed's hooks run.
+            set_z3_leaf_module(module, True)
 
 
 def build_shared_out(config: ModelConfig, settings: dict) -> VisualChat:
@@ -254,15 +255,16 @@ def build_shared_out(config: ModelConfig, settings: dict) -> VisualChat:
                 with deepspeed.zero.GatheredParameters([parameters[name]], modifier_rank=0):
                     if rank == 0:
                         check_numbers(name, tensor, folder)
-                        parameters[name].data.copy_(tensor)
+                        parameters[name].data.zero_()[:len(tensor)].copy_(tensor)   # zeros: as below
             else:
                 own = tensor.flatten()[rank * part.numel():][:part.numel()]
                 check_numbers(name, own.to(part.dtype), folder)
                 part.data.flatten()[:len(own)].copy_(own)
                 part.data.flatten()[len(own):].zero_()          # behind the file's values: padding, or a variant's
-    model.freeze()
-    with deepspeed.zero.GatheredParameters([p for p in model.parameters() if p.requires_grad], modifier_rank=0):
-        model.reset_fresh()
+    for module in model.fresh:
+        with deepspeed.zero.GatheredParameters([model.llama.embed_tokens.weight, *module.parameters()],
+                                               modifier_rank=0):
+            model.reset(module)
     if swapper is None:                                         # The way from a drive knows single parts only.
         for_zero_3(model)
     return model

@@ -1,6 +1,6 @@
 """CLIP's visual encoder (arXiv 2103.00020), which the paper compares with QWen-VL's and finds worse (section 4.3).
 
-    224×224 image ─► 16×16 patches and a class token ─► 24 transformer layers ─► 256 tokens, one per patch
+    224×224 image ─► 256 patches of 14×14 pixels, and a class token ─► 24 transformer layers ─► a token per patch
 
 Every module has its name in the official files of ViT-L/14, under `vision_model.`; --vit then takes such a folder,
 too. `python -m experiments.clip` pre-trains the tiny one anew. Before: vit.py, whose place it takes.
@@ -132,8 +132,8 @@ class ClipVision(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Normalized pixels (I, 3, image_size, image_size) to features (I, n_queries, output_dim).
 
-        They are the official `last_hidden_state`, as in the paper's released code, but without the class token. The
-        last LayerNorm is for that one alone, so it is loaded and never used.
+        They are the official `last_hidden_state`, as in the paper's released code, but without the class token,
+        for which alone the last LayerNorm is: it is loaded and never used.
         """
         x = self.pre_layrnorm(self.embeddings(images))
         for layer in self.encoder["layers"]:
@@ -151,7 +151,7 @@ class ClipVision(nn.Module):
 
     @staticmethod
     def tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
-        """(name in this module, tensor); old files' `position_ids` are the numbers that `forward` counts itself."""
+        """(name in this module, tensor); old files' `position_ids` are what `forward` counts itself."""
         return ((name.removeprefix(PREFIX), tensor) for name, tensor in read_tensors(folder, PREFIX)
                 if name != f"{PREFIX}embeddings.position_ids")
 

@@ -1,11 +1,11 @@
-"""What the paper tried beside its main road, and found not to help (sections 4.3 and 5.2.4). Before: outside.py."""
+"""What the paper tried and found not to help (sections 4.3 and 5.2.4). Before: outside.py. Next: released.py."""
 import random
 import re
 from collections.abc import Iterator
 from dataclasses import replace
 
-import torch
-from torch import Tensor, nn
+import torch.nn.functional as F
+from torch import nn
 
 import data
 import sources
@@ -15,8 +15,6 @@ from llama import Tokenizer
 from visualchat import Variant, VisualChat
 from vit import Block, VisionConfig
 
-
-# ---- a ViT layer before the projection ----
 
 class FreshBlock(Block):
     """A layer of the ViT with first values of its own."""
@@ -35,11 +33,9 @@ def add_projection_block(model: VisualChat):
     model.projection.register_forward_pre_hook(lambda _, inputs: (model.projection_block(inputs[0]),))
 
 
-# ---- LLaMA-2's template for chat models ----
-
 def encode_chat_round(round_: Round, n_before: int, is_first: bool, tokenizer: Tokenizer,
                       n_tokens: int) -> Encoded:
-    """`data.encode_round` in LLaMA-2-chat's template, with the images where its user's text begins:
+    """`data.encode_round` in LLaMA-2-chat's template (--llama can name such weights), images first in each text:
 
         <s>[INST] <<SYS>>↵{system}↵<</SYS>>↵↵Image 1: · · ·↵{question} [/INST] {answer}</s><s>[INST] {question} …
     """
@@ -57,23 +53,21 @@ def encode_chat_round(round_: Round, n_before: int, is_first: bool, tokenizer: T
     return out
 
 
-# ---- the template's words as tokens of their own ----
-
 MARKS = ("### Image", "### Question:", "### Answer:")
 plain_line_ids = data.line_ids
 
 
 def special_line_ids(text: str, tokenizer: Tokenizer) -> list[int]:
     """`data.line_ids`, with the id of a new token for each mark: those behind the tokenizer's own."""
-    ids = []
+    ids, line_break, n_old = [], plain_line_ids("", tokenizer), tokenizer.model.vocab_size()
     for line in text.split("\n"):
-        mark = next((number for number, mark in enumerate(MARKS) if line.startswith(mark)), None)
-        if mark is None:
-            ids += plain_line_ids(line, tokenizer)
+        for number, mark in enumerate(MARKS):
+            if line.startswith(mark):
+                rest = line.removeprefix(mark).strip()
+                ids += [*line_break, n_old + number, *(tokenizer.encode(rest) if rest else [])]
+                break
         else:
-            rest = line.removeprefix(MARKS[mark]).strip()
-            ids += [*plain_line_ids("", tokenizer), tokenizer.model.vocab_size() + mark,
-                    *(tokenizer.encode(rest) if rest else [])]
+            ids += plain_line_ids(line, tokenizer)
     return ids
 
 
@@ -90,16 +84,14 @@ class NewRows(nn.Module):
         weight[self.n_old:] = weight[:self.n_old].float().mean(0).to(weight.dtype)
 
 
-def grow(matrix: Tensor, n: int) -> nn.Parameter:
-    """The matrix (rows, C) with n more rows of zeros."""
-    return nn.Parameter(torch.cat((matrix.detach(), matrix.new_zeros(n, matrix.shape[1]))))
-
-
 def add_special_tokens(model: VisualChat):
-    """Rows for MARKS in the embedding and in the head, where they stay zero: no answer has them."""
+    """Rows for MARKS in the embedding and in the head, where they stay zero, so that their logit is 0.
+
+    Their ids follow the tokenizer's: the embedding has to have a row for each piece and no more, as LLaMA-2's.
+    """
     llama, n = model.llama, model.llama.config.vocab_size
     for module in (llama.embed_tokens, llama.lm_head):
-        module.weight = grow(module.weight, len(MARKS))
+        module.weight = nn.Parameter(F.pad(module.weight.detach(), (0, 0, 0, len(MARKS))))      # rows of zeros
     llama.embed_tokens.num_embeddings = llama.lm_head.out_features = n + len(MARKS)
     llama.config = replace(llama.config, vocab_size=n + len(MARKS))
     model.new_rows = NewRows(llama.embed_tokens, n)
@@ -108,10 +100,11 @@ def add_special_tokens(model: VisualChat):
         model.new_rows.reset_parameters()
 
 
-# ---- another image in a blend ----
-
 plain_blend, BLEND = sources.blend, "llava_otter_blend"
-NAMES = re.compile(r"\b[Ii]mage \d+|\b[Ii]mages \d+((,|,? and|,? or) \d+)*")
+NAMES = re.compile(r"\b[Ii]mage \d+( and \d+(?=[.?!]))?|\b[Ii]mages \d+((,|,? and|,? or) \d+)*")
+# Texts with other names of images, or about all of them, would become wrong.
+OTHERS = re.compile(r"\b(photo|pic|picture|img|any|all|both|images? [a-h]|first|second|third|\d(st|nd|rd|th))\b",
+                    re.IGNORECASE)
 
 
 def moved(text: str, first: int) -> str:
@@ -126,11 +119,15 @@ def shuffled_blend(reader, instructions, images, *files) -> Iterator[Conversatio
     """`sources.blend` with one image more in each conversation, at a place that the seed draws.
 
     It is shown with the image behind it. What texts say of that one and of later ones moves on by one.
+    Conversations whose texts would become wrong stay as they are.
     """
     rng, others = random.Random(f"{reader.seed} shuffled"), sorted(images.glob("*.jpg"))
     for conversation in plain_blend(reader, instructions, images, *files):
         shown = [image for round_ in conversation.rounds for image in round_.images]
-        place, another = rng.randint(1, len(shown)), rng.choice(others)
+        if any(OTHERS.search(f"{round_.question} {round_.answer}") for round_ in conversation.rounds):
+            yield conversation
+            continue
+        place, another = rng.randint(1, len(shown)), rng.choice([image for image in others if image not in shown])
         rounds, n_seen = [], 0
         for round_ in conversation.rounds:
             inside = place - 1 - n_seen
@@ -145,7 +142,7 @@ def shuffled_blend(reader, instructions, images, *files) -> Iterator[Conversatio
 EXPERIMENTS = {
     "projection_block": Experiment("a layer of the ViT before the projection", "4.3",
                                    Variant(add_projection_block)),
-    "embedding_rate": Experiment("a tenth of the rate for the token embedding", "4.3",
+    "embedding_rate": Experiment("a lower rate for the token embedding, 1e-4", "4.3",
                                  options=("--embedding-lr", "1e-4")),
     "chat_template": Experiment("the template of LLaMA-2's chat models", "4.3",
                                 swaps=((data.encode_round, encode_chat_round),)),

@@ -57,7 +57,7 @@ def add_pairs(model: VisualChat, rank: int, targets: tuple[str, ...], tower: str
         linear.__class__ = LoraLinear
         linear.lora = Pair(linear.weight, rank)
         model.fresh.append(linear.lora)
-    if tower == "vit":      # ZeRO-3 collects a block's gradients when that of its input is there: pixels need one.
+    if tower == "vit":      # With ZeRO-3 DeepSpeed sums a block's gradients up only where its input has one, too.
         model.vit.hook = model.vit.register_forward_pre_hook(lambda vit, images: images[0].requires_grad_())
 
 

@@ -26,12 +26,12 @@ class Experiment:
 
     @property
     def in_results(self) -> bool:
-        """Whether a result must name it, because chat and exam need it, too."""
+        """Whether its results must name it: they, or the data that they learned from, differ."""
         return bool(self.swaps) or self.variant is not VARIANTS[""]
 
 
 def swap(old: object, new: object):
-    """Put `new` in the place of `old` in every file of the project that knows it, but for the experiments."""
+    """Put `new` in the place of `old` in every file of the project; experiments/ keeps `old`, to call it."""
     for module in list(sys.modules.values()):
         if Path(str(getattr(module, "__file__", ""))).parent in (ROOT, ROOT / "tiny"):
             for name in [name for name, value in vars(module).items() if value is old]:

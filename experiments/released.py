@@ -1,5 +1,5 @@
-"""Where the released code departs from the paper, one departure at a time. README's table has more of them, which a
-correct program cannot show alone. Before: lessons.py.
+"""Where the released code departs from the paper, one departure at a time. README's table has more: errors and
+costs that cannot be switched on one by one. Before: lessons.py.
 """
 from dataclasses import replace
 
@@ -18,29 +18,29 @@ plain_to_tensors, plain_to_pixels = data.to_tensors, pixels.to_pixels
 
 
 def reversed_images(encoded: data.Encoded, image_size: int, features=None) -> dict[str, Tensor]:
-    """`data.to_tensors` with image 1 where the last image belongs (issue 800 of DeepSpeedExamples)."""
+    """`data.to_tensors` with image 1 where the last image belongs (issue 800 of DeepSpeedExamples).
+
+    In training these are a conversation's images, in the exam those of a round: earlier ones are read already.
+    """
     return plain_to_tensors(replace(encoded, images=encoded.images[::-1]), image_size, features)
 
 
 def leaking(q: Tensor, k: Tensor, v: Tensor, kind: Tensor, past: int = 0) -> Tensor:
-    """`mmca.mmca`, but text that has no image before it gets the mean of all image tokens, later ones, too.
-
-    A softmax over a row of which everything is masked gives every key the same weight.
-    """
+    """`mmca.mmca`, but the second softmax of text without an image before it is the mean of its past and of all
+    later image tokens: these are masked once, so in a row without anything better all have the same weight."""
     m = matrix(kind, past)[:, None, None]
     scores, v = scaled_scores(q, k), v[:, :, None].float()
-    image = (kind == IMAGE)[:, None, None, None].float()                    # (B, 1, 1, 1, S)
-    mean = image / image.sum(-1, keepdim=True).clamp(min=1)
+    once = ((m == 1) | (kind == IMAGE)[:, None, None, None]).float()        # (B, 1, 1, T, S)
     is_empty = (kind[:, past:] == TEXT)[:, None, None, :, None] & ~(m == 2).any(-1, keepdim=True)
-    second = torch.where(is_empty, mean, masked_softmax(scores, m == 2))
+    second = torch.where(is_empty, once / once.sum(-1, keepdim=True), masked_softmax(scores, m == 2))
     return ((masked_softmax(scores, m == 1) + second) @ v).flatten(1, 2).to(k.dtype)
 
 
 def images_read(kind: Tensor, past: int = 0) -> Tensor:
-    """`mmca.matrix`, but an image token attends to itself and to all text before it."""
+    """`mmca.matrix`, but image tokens read all text before them by one softmax, and themselves by the other."""
+    m, of_image = matrix(kind, past), kind[:, past:, None] == IMAGE
     index = torch.arange(kind.shape[1], device=kind.device)
-    reads = (kind[:, past:, None] == IMAGE) & (kind[:, None, :] == TEXT) & (index[past:, None] > index)
-    return torch.where(reads, 1, matrix(kind, past))
+    return (of_image & (kind[:, None] == TEXT) & (index[past:, None] > index)).to(m.dtype) + m * (1 + of_image)
 
 
 def add_norm(model: VisualChat):
@@ -58,13 +58,12 @@ def cropped(image: Image.Image, size: int = 448) -> Tensor:
 EXPERIMENTS = {
     "released_order": Experiment("images in reverse order", "release",
                                  swaps=((plain_to_tensors, reversed_images),)),
-    "released_leak": Experiment("text before the first image reads all images", "release",
+    "released_leak": Experiment("text before the first image reads later images", "release",
                                 swaps=((mmca.mmca, leaking),), options=("--attention", "written")),
     "released_rows": Experiment("image tokens read earlier text", "release",
                                 swaps=((matrix, images_read),), options=("--attention", "written")),
     "released_norm": Experiment("a LayerNorm behind the projection", "release", Variant(add_norm)),
     "released_betas": Experiment("AdamW with beta1 = 0.9", "release", values={"zero.BETAS": (0.9, 0.95)}),
-    "released_crop": Experiment("the center of the image alone", "release",
-                                swaps=((plain_to_pixels, cropped),),
-                                options=("--cache-features", "out/features-crop")),
+    "released_crop": Experiment("the center of the image alone (all of a drawn one)", "release",
+                                swaps=((plain_to_pixels, cropped),)),
 }

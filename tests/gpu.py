@@ -20,6 +20,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import median
 
 # First of ours, because it puts the project's root on the path.
 from bench import DEVICE, DTYPES, PER_IMAGE, ROOT, finish, kinds, official_llama, rate
@@ -52,7 +53,7 @@ def difference(found: Tensor, expected: Tensor) -> float:
 
 
 def equal_attention(dtype: torch.dtype) -> Iterator[tuple[str, float]]:
-    """(form, its difference to `mmca` in float64) for the heads of 7b and of 70b, over rounded inputs."""
+    """(form, its difference to `mmca` in float32) for the heads of 7b and of 70b, over rounded inputs."""
     kind = kinds(1024, 2)
     layout = separate(kind)
     for size in ("7b", "70b"):
@@ -217,7 +218,7 @@ def train(options, n_steps: int = 4):
         finish()
         seconds.append(time.perf_counter() - started)
         peaks.append(torch.cuda.max_memory_allocated() if on_gpu else 0)
-    speed = positions / min(seconds[1:])
+    speed = positions / median(seconds[1:])
     needed = 4 * zero.counts(llama, vision)["layer"] * llama.num_hidden_layers * speed
     print(f"loss {loss:.3f}, loss scale {getattr(engine.optimizer, 'loss_scale', 1)}; seconds per step "
           f"{', '.join(f'{one:.2f}' for one in seconds)}; {speed:.0f} positions/s; LLaMA's matrices take "
