@@ -64,7 +64,7 @@ def only(name: str, load: Callable) -> Callable:
     return load_own
 
 
-def start(name: str, program: str, given: list[str]):
+def run_program(name: str, program: str, given: list[str]):
     """Run a program in this process, changed by the experiment; raises ValueError for options that do not fit."""
     experiment = find(name)
     own = [*experiment.options, *["--attention", experiment.attention] * bool(experiment.attention)]
@@ -144,7 +144,7 @@ def main():
     name, *given = sys.argv[1 + len(first):] or ["--help"]
     try:
         if given and given[0] in PROGRAMS:
-            return start(name, given[0], [*given[1:], *first])
+            return run_program(name, given[0], [*given[1:], *first])
         parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
         parser.add_argument("name", nargs="?")
         parser.add_argument("--list", nargs="?", const="7b", choices=list(LLAMA_2))

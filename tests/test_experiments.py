@@ -199,7 +199,8 @@ def test_a_blend_gets_another_image_and_texts_follow_it(tmp_path):
 
 @pytest.mark.parametrize("text, expected", [
     ("What is in image 2?", "What is in image 3?"), ("Compare images 1, 2 and 3.", "Compare images 1, 3 and 4."),
-    ("Image 1 and 2 dogs.", "Image 1 and 2 dogs."), ("Compare image 1 and 2.", "Compare image 1 and 3."), ("2 cats and 3 dogs", "2 cats and 3 dogs")])
+    ("Image 1 and 2 dogs.", "Image 1 and 2 dogs."), ("Compare image 1 and 2.", "Compare image 1 and 3."),
+    ("2 cats and 3 dogs", "2 cats and 3 dogs")])
 def test_only_numbers_of_images_move(text, expected):
     assert lessons.moved(text, 2) == expected
 
