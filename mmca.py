@@ -224,7 +224,7 @@ def compact_attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout, extend: C
     queries = by_conversation(q, [segment.n_text for segment in layout.segments])
     texts = [attend_twice(query, *pairs, segment.runs)[0].transpose(0, 1)
              for query, pairs, segment in zip(queries, keys_and_values(k, v, layout, extend), layout.segments)]
-    if n_text == len(v):
+    if n_text == len(v):                                        # no new image
         return torch.cat(texts)
     # Each image token's output is its own value, which H/H_kv heads share.
     images = v[n_text:, :, None].expand(-1, -1, q.shape[1] // k.shape[1], -1).flatten(1, 2)
@@ -234,6 +234,7 @@ def compact_attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout, extend: C
 # The names for --attention; written: MMCA again, by `written_attention`. Another attention needs a name here and
 # either another kind, as `all_text` gives causal attention, or another form; Llama (llama.py) picks them by name.
 # (chat.py, page.py and evaluate.py ask for names, too: only under MMCA are an image's keys the same everywhere.)
+# A program that builds on this one can add the name of its own.
 ATTENTION = ["mmca", "causal", "written"]
 
 

@@ -61,7 +61,7 @@ def patches_of(model: VisualChat, pixels: Tensor) -> tuple[Tensor, Tensor]:
 def looks_of(model: VisualChat, encoded: Encoded) -> Looks:
     """Run a whole conversation through the model and note where its answer tokens look.
 
-    Raises ValueError where there is no image, or no MMCA, and as `read_image` does.
+    Raises ValueError where there is no image, no MMCA or no resampler, and as `read_image` does.
     """
     has_looks = model.llama.attention in ("mmca", "written") and hasattr(model.vit, "attn_pool")
     if not encoded.images or not has_looks:

@@ -182,8 +182,9 @@ def test_a_frozen_linear_layer_has_the_right_gradient_and_keeps_nothing_but_its_
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.data_ptr()) or t, lambda t: t):
         out = zero.FrozenLinear.apply(x, weight)
     assert kept == [weight.data_ptr()]
-    held, weight.data = weight.data, torch.empty(0)             # as DeepSpeed takes it away, and brings it back
-    weight.data = held
+    values = weight.data.clone()
+    weight.data = torch.empty(0)            # DeepSpeed takes the values away, and brings them back elsewhere
+    weight.data = values
     torch.testing.assert_close(torch.autograd.grad(out, x, towards)[0], expected)
 
 
