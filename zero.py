@@ -55,7 +55,7 @@ def start():
     deepspeed.init_distributed(verbose=False)
     if get_accelerator().device_name() != "cpu":
         get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
-        torch.backends.cuda.enable_cudnn_sdp(False)             # suspected of a crash: see results/gpu.md
+        torch.backends.cuda.enable_cudnn_sdp(False)             # crashed at 7b on an H100: results/gpu.md
     else:
         ranks = int(os.environ.get("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", 1)))
         torch.set_num_threads(max(1, os.cpu_count() // ranks))  # more threads than cores make ranks wait

@@ -278,17 +278,17 @@ def checks(options, folder: Path) -> list[Check]:
         Check("The tiny model answers", f"{ask} --model weights/tiny/chat", 60),
         Check("Write random weights", f"python tests/gpu.py weights {folder}{size}", 90),
         Check("Load them", f"python tests/gpu.py read {folder}{size}{fp16}", 60),
-        Check("Steps under ZeRO-3", f"python tests/gpu.py train {folder}{size}{fp16} --profile", 90),
-        Check("Sixteen conversations at a time, --recompute",
-              f"python tests/gpu.py train {folder}{size}{fp16} --rows 16 --recompute", 90),
-        Check("Steps under ZeRO-1", f"python tests/gpu.py train {folder}{size}{fp16} --zero 1 --profile", 90),
         Check("train.py at this size", f"deepspeed --num_gpus 1 train.py{size or ' --size tiny'} {towers_there} "
               f"--data {folder}/data --datasets single --batch 16 --epochs 1 --out {folder}/out --workers 0 && "
               f"cat {folder}/out/log.csv", 120),
         Check("chat.py with that result", f"{ask} --model {folder}/out --max-new-tokens 64", 60),
+        Check("Steps under ZeRO-3", f"python tests/gpu.py train {folder}{size}{fp16} --profile", 90),
+        Check("Sixteen conversations at a time, --recompute",
+              f"python tests/gpu.py train {folder}{size}{fp16} --rows 16 --recompute", 90),
+        Check("Steps under ZeRO-1", f"python tests/gpu.py train {folder}{size}{fp16} --zero 1 --profile", 90),
         Check("Decoding against transformers", f"python tests/bench.py decode{size or ' --dim 128'}{fp16}", 180),
         Check("A step against transformers", f"python tests/bench.py step{size or ' --dim 128'}{fp16}", 90),
-        Check("Eight rounds with eight images", f"python tests/bench.py chat{size or ' --dim 128'}{fp16}", 90),
+        Check("Eight rounds with eight images", f"python tests/bench.py chat{size or ' --dim 128'}{fp16}", 150),
         Check("The tiny model trains", f"deepspeed --num_gpus 1 train.py --size tiny --out {folder}/tiny", 120),
         Check("Attention", f"python tests/bench.py attention{size}{fp16}", 90),
     ]
