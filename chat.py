@@ -5,7 +5,8 @@
 
 A round costs only its own tokens, because a cache keeps the keys and values of earlier ones. Needs no deepspeed.
 Before: visualchat.py, data.py. Side rooms: terminal.py (what becomes of a line), names.py (which images it names),
-saved.py, album.py (images that were shown before), decode.py (--compile), page.py (where the model looked).
+saved.py, album.py (images that were shown before), short.py (7b on a laptop), cards.py (70b on several cards), decode.py
+(--compile), page.py (where the model looked).
 """
 import signal
 import sys
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor
 
 from album import Album, digest_of, fingerprint
+from cards import cards
 from data import Answered, Encoded, ImageFile, Round, encode_round
 from decode import compile_step
 from llama import Cache, Tokenizer
@@ -28,9 +30,9 @@ from mmca import IMAGE
 from names import as_file, as_path, image_file
 from page import draw_heatmap, write_page
 from pixels import load_pixels
+from short import load_short
 from terminal import Terminal, converse, newest, read_options
 from visualchat import ModelConfig, Sampling, VisualChat, towers
-from visualchat import load as load_model
 from weights import printable
 
 
@@ -67,24 +69,24 @@ class Chat:
 
     @classmethod
     def open(cls, folder: Path | str, attention: str | None = None, keep: Path | None = None,
-             compiled: bool = False, device: torch.device | str | None = None) -> "Chat":
+             compiled: bool = False, int8: bool = False, devices: int | None = None) -> "Chat":
         """A conversation with a training result. attention: another form; keep: a folder for the Album.
 
-        FP32 on a CPU, else FP16. Raises FileNotFoundError or ValueError where something is absent or unfit.
+        It runs on a card or on so many (cards.py), else on the CPU; int8: weights in 8 bits (short.py). Raises
+        FileNotFoundError or ValueError where something is absent or unfit.
         """
         folder = Path(folder)
-        device = torch.device(device or torch.accelerator.current_accelerator(check_available=True) or "cpu")
-        model, config = load_model(folder, torch.float32 if device.type == "cpu" else torch.float16, device)
+        model, config = load_short(folder, cards(devices), int8)
         wanted = attention or config.attention
         if wanted != config.attention and not {wanted, config.attention} <= {"mmca", "written"}:
             raise ValueError(f"{folder} was trained with {config.attention} attention, which --attention {wanted} "
                              "does not fit")
         if keep and wanted != "mmca":
             raise ValueError(f"--keep needs MMCA: with {wanted} attention an image's keys are made anew each time")
-        if compiled and wanted == "written":
-            raise ValueError("--compile has a form of attention of its own: leave out --attention written")
+        if compiled and (wanted == "written" or (devices or 1) > 1):
+            raise ValueError("--compile has its own form of attention, for one device: leave the other option out")
         model.llama.attention = wanted
-        album = Album(model, keep and Path(keep) / fingerprint(folder, config))
+        album = Album(model, keep and Path(keep, "int8" * int8, fingerprint(folder, config)))
         tokenizer = Tokenizer(towers(config)[0], model.llama.config.vocab_size)
         chat = cls(model, tokenizer, album, compile_step(model.llama) if compiled else None)
         chat.config = config
@@ -227,7 +229,7 @@ class Chat:
 def open_chat(options, say: Callable[[str], None]) -> Chat:
     """The conversation that the options ask for; says what was loaded."""
     folder = options.model or newest(Path("out"), say)
-    chat = Chat.open(folder, options.attention, options.keep, options.compile)
+    chat = Chat.open(folder, options.attention, options.keep, options.compile, options.int8, options.devices)
     chat.sampling, chat.max_new_tokens, chat.forgets = options.sampling, options.max_new_tokens, options.forget
     say(f"{folder}: LLaMA-2 {chat.config.size}, {chat.model.llama.attention}, on "
         f"{chat.model.projection.weight.device.type}")

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from llama import Cache, Llama, Pass
 from mmca import TEXT, separate
+from short import ShortLinear
 
 ONE_TEXT_TOKEN = torch.tensor([[TEXT]])     # its `kind` (1, 1)
 
@@ -69,21 +70,6 @@ def step_of_many(llama: Llama, ended: Tensor) -> Callable[[Tensor, Cache], Tenso
 
 
 # ---- one conversation, compiled ----
-
-class ShortLinear(nn.Module):
-    """A linear layer without bias for one row x (1, in), whose weight (out, in) is kept in 16 bits.
-
-    It is written as a sum, for which the compiler makes a loop that widens each value on its way. A product of
-    matrices would widen the whole weight first.
-    """
-
-    def __init__(self, weight: Tensor):
-        super().__init__()
-        self.weight = nn.Parameter(weight, requires_grad=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return (self.weight * x.float()).sum(-1).to(x.dtype)[None]
-
 
 def shortened(weight: Tensor) -> Tensor:
     """A float32 weight in 16 bits if they hold all its values, as in the official files; else as it is."""

@@ -217,8 +217,9 @@ def answers_of(folder: Path, questions: dict[str, list[Round]], options,
                partial: Path) -> tuple[list[list[str]], float]:
     """A model's answers to all conversations, and how many seconds the model took for them; those that `partial`
     holds are not asked again."""
-    chat = Chat.open(folder)
-    model, tokenizer, weights = chat.model, chat.tokenizer, fingerprint(folder, chat.config)
+    chat = Chat.open(folder, int8=options.int8)
+    model, tokenizer = chat.model, chat.tokenizer
+    weights = fingerprint(folder, chat.config) + " in 8 bits" * options.int8
     del chat                                                    # whose cache takes gigabytes at the real sizes
     asked = [key_of(weights, options.max_new_tokens, rounds) for rounds in questions.values()]
     known = read_partial(partial)
@@ -248,6 +249,7 @@ def main():
     parser.add_argument("--images", type=Path, default=Path("."), help="the folder in which the images are named")
     parser.add_argument("--at-once", type=int, default=64, help="so many conversations are held at the same time")
     parser.add_argument("--max-new-tokens", type=int, default=256, help="where an answer is cut")
+    parser.add_argument("--int8", action="store_true", help="weights in 8 bits, as in chat.py")
     options = parser.parse_args()
     if options.at_once < 1 or options.max_new_tokens < 1:
         parser.error("--at-once and --max-new-tokens: expected 1 or more")

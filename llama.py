@@ -90,14 +90,14 @@ class Cache:
     """
 
     def __init__(self, llama: "Llama", conversations: int, room: int):
-        config, like = llama.config, llama.norm.weight
-        heads = config.num_key_value_heads
-        make = like.new_zeros if conversations > 1 else like.new_empty      # decode.py reads room that is not used
-        self.text, self.image = ([make(conversations, 2, heads, n, config.head_dim) for _ in llama.layers]
-                                 for n in (room, 0))
+        config, device = llama.config, llama.norm.weight.device
+        likes = [layer.input_layernorm.weight for layer in llama.layers]    # Layers may lie on several cards.
+        make = Tensor.new_zeros if conversations > 1 else Tensor.new_empty  # decode.py reads room that is not used
+        self.text, self.image = ([make(like, (conversations, 2, config.num_key_value_heads, n, config.head_dim))
+                                  for like in likes] for n in (room, 0))
         self.past, self.room = [()] * conversations, room
         # The rotations of all positions; a token looks up its own.
-        self.rope = rope_table(torch.arange(config.max_position_embeddings, device=like.device), config.head_dim,
+        self.rope = rope_table(torch.arange(config.max_position_embeddings, device=device), config.head_dim,
                                config.rope_theta)
 
     def begin(self, layout: Layout):
@@ -132,7 +132,7 @@ class Cache:
         kinds = self.past[0]
         n_image, position = kinds.count(IMAGE), [i for i, kind in enumerate(kinds) if kind == IMAGE][-tokens:]
         cos, sin = self.rope[:, position, 0]                                    # (tokens, D)
-        parts = (image[0][:, :, n_image - tokens:n_image] for image in self.image)
+        parts = (image[0][:, :, n_image - tokens:n_image].to(cos.device) for image in self.image)
         return torch.stack([torch.stack((rotate(k, (cos, -sin)), v)) for k, v in parts])    # -sin turns back
 
     def insert_images(self, image_kv: Tensor, layout: Layout) -> Layout:

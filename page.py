@@ -79,6 +79,7 @@ def looks_of(model: VisualChat, encoded: Encoded) -> Looks:
     found = []
 
     def note_looks(number: int, q: Tensor, k: Tensor, layout: Layout):
+        q, k = q.to(device), k.to(device)                                       # layers may lie on other cards
         q, k = q[rows].float(), k[layout.n_text:].float()                       # (A, H, D), (I·n, H_kv, D)
         q = q.unflatten(1, (k.shape[1], -1)).transpose(0, 1).flatten(1, 2)      # (H_kv, A · H/H_kv, D)
         scores = (q @ k.permute(1, 2, 0) * q.shape[-1] ** -0.5).unflatten(1, (len(rows), -1))

@@ -343,8 +343,9 @@ def read_options(description: str) -> argparse.Namespace:
                                   "model looked")
     add("--heatmap", type=Path, help="at the end draw where the last answer looked, as an image")
     add("--compile", action="store_true",
-        help="torch.compile for decoding: the first answers wait for it, later ones are faster; on a CPU the "
-             "weights then take half as much memory again")
+        help="torch.compile for decoding: the first answers wait for it, later ones are faster")
+    add("--devices", type=int, help="so many cards share LLaMA's layers, for models that are too large for one")
+    add("--int8", action="store_true", help="weights in 8 bits: half the memory, a little less exact")
     options = parser.parse_args()
     try:
         options.sampling = Sampling(options.temperature, options.top_k, options.top_p, options.repetition_penalty)

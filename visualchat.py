@@ -245,7 +245,7 @@ def load_trained(model: VisualChat, tensors: dict[str, Tensor], source: Path):
 def load(folder: Path | str, dtype=torch.float32, device="cpu") -> tuple[VisualChat, ModelConfig]:
     """The model as it was saved: towers from their own folders, the trained tensors from this one.
 
-    Raises FileNotFoundError for absent files and ValueError where names or shapes differ from what is trained.
+    dtype None: towers as their files are, what trains in float32. Raises FileNotFoundError for absent files and ValueError where names or shapes differ from what is trained.
     """
     folder = Path(folder)
     for name in (TRAINED, CONFIG):
@@ -268,6 +268,8 @@ def load(folder: Path | str, dtype=torch.float32, device="cpu") -> tuple[VisualC
             raise FileNotFoundError(f"{folder / CONFIG}: {name} is {value!r:.400}, no folder of weights: mend it")
     config = ModelConfig(**found)
     model = build(config, dtype, device)
+    for module in (*model.fresh, model.llama.embed_tokens):
+        module.to(dtype or torch.float32)
     load_trained(model, read_file(folder / TRAINED), folder / TRAINED)
     VARIANTS[config.variant].ready(model)
     return model, config

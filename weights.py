@@ -271,10 +271,11 @@ def load_strictly(module: nn.Module, tensors: dict[str, Tensor], source: Path, d
     Without a dtype they keep the one of the file.
     """
     check_tensors(module.state_dict(), tensors, source)
-    placed = {name: t.to(device, dtype) for name, t in tqdm(        # a bar where it takes longer than a second
-        tensors.items(), f"loading {source}", delay=1, leave=False, disable=None)}
+    placed = {}
+    for name, t in tqdm(tensors.items(), f"loading {source}", delay=1, leave=False, disable=None):
+        placed[name] = t.to(device, dtype)      # a bar where it takes longer than a second
+        if not placed[name].is_meta:
+            check_numbers(name, placed[name], source)
     if len({t.data_ptr() for t in placed.values()}) < len(placed):      # Two names share values; one may train.
         placed = {name: t.clone() for name, t in placed.items()}
-    for name, tensor in placed.items() if torch.device(device).type != "meta" else ():
-        check_numbers(name, tensor, source)
     module.load_state_dict(placed, assign=True)

@@ -120,7 +120,7 @@ def test_what_an_experiment_adds_trains_is_saved_and_chats(name, new, config, ro
         save(tmp_path, grown, replace(config, variant=name))
         again, _ = load(tmp_path)
         torch.testing.assert_close(again(**collate(rows))[0], model(**collate(rows))[0])
-        chat = Chat.open(tmp_path, device="cpu")
+        chat = Chat.open(tmp_path)
         assert chat.config.variant == name and isinstance(chat.ask("What is it?", image_files[0]), str)
     with pytest.raises(ValueError, match=f"variant '{name}'"):
         load(tmp_path)

@@ -164,7 +164,7 @@ def test_a_model_with_it_learns_is_saved_and_chats(config, rows, image_files, tm
         torch.testing.assert_close(again(**batch)[0], model(**batch)[0])
     answers = []
     for image in image_files[:2]:
-        chat = Chat.open(tmp_path / "run", device="cpu")
+        chat = Chat.open(tmp_path / "run")
         chat.max_new_tokens = 8
         answers.append((chat.ask("What is image 1?", image), chat.ask("What is it?"),
                         chat.album.find(chat.digests[0])))

@@ -152,7 +152,7 @@ def test_a_result_holds_the_pairs_and_is_talked_to_merged(config, tokenizer, ima
     save(tmp_path, {n: p for n, p in model.named_parameters() if p.requires_grad}, replace(config, variant=name))
     assert load_file(tmp_path / TRAINED).keys() == USUAL | pairs(name)
     answers = []
-    for chat in (Chat.open(tmp_path, device="cpu"), Chat(model, tokenizer), Chat(built(config), tokenizer)):
+    for chat in (Chat.open(tmp_path), Chat(model, tokenizer), Chat(built(config), tokenizer)):
         chat.max_new_tokens = 12
         answers.append([chat.ask("What is it?", *image_files[:2]), chat.ask("And image 1?")])
     assert answers[0] == answers[1] != answers[2]

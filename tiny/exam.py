@@ -24,11 +24,12 @@ from tqdm import tqdm
 from data import Round
 from evaluate import hold_conversations, of_equal_length
 from llama import Tokenizer
+from short import load_short
 from sources import COCO, DIALOGUE, Reader, llava
 from terminal import newest
 from tiny.wording import BESIDE, REFUSALS
 from tiny.world import DATA, ensure_tests
-from visualchat import VisualChat, load, towers
+from visualchat import VisualChat, towers
 from weights import read_json, replacing
 
 PEOPLE, EXAMPLES = Path(__file__).with_name("people.json"), Path(__file__).parents[1] / "examples"
@@ -182,18 +183,20 @@ def main():
     parser.add_argument("--model", type=Path, help="folder of a training result; default the newest under out/")
     parser.add_argument("--data", type=Path, default=DATA,
                         help="the test sets lie in its folder tests, and are drawn there if absent")
+    parser.add_argument("--int8", action="store_true", help="weights in 8 bits, as in chat.py")
     options = parser.parse_args()
     try:
         folder = options.model or newest(Path("out"))
-        model, config = load(folder)
+        model, config = load_short(folder, torch.device("cpu"), options.int8)
+        answers = folder / f"eval{'-int8' * options.int8}.csv"
         marked = run_exam(model, Tokenizer(towers(config)[0], model.llama.config.vocab_size), options.data)
     except (OSError, ValueError) as error:
         sys.exit(f"tiny/exam.py: {error}")
     print(f"{folder}, {config.attention} attention, {len(marked)} questions of "
-          f"{len({one.test for one in marked})} test sets; {folder / 'eval.csv'} has every answer")
+          f"{len({one.test for one in marked})} test sets; {answers} has every answer")
     print(table_text(table(marked)))
     try:
-        write_marked(marked, folder / "eval.csv")
+        write_marked(marked, answers)
     except OSError as error:
         sys.exit(f"tiny/exam.py: {error}")
 

@@ -1,0 +1,97 @@
+"""How does 7b fit into a laptop? Its weights stay in the 16 bits of their files, or take 8, and are widened in use.
+
+A linear layer's weight is most of a model, and is read once for each product. ShortLinear widens a few rows at a
+time, so that only those ever exist in 32 bits. In 16 bits nothing is lost: the values are those of the files, which
+are mapped into memory and not copied. In 8 bits each output channel has a scale of its own, and each weight is
+rounded to one of 255 multiples of it. Side room of chat.py; decode.py compiles the same layers.
+"""
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from cards import spread
+from visualchat import ModelConfig, VisualChat, load
+
+PIECE = 1 << 18                 # so many values are widened at a time: as float32 they fit into a core's own cache
+LARGE = 1 << 22                 # weights of fewer values are widened once and for all
+
+
+class ShortLinear(nn.Module):
+    """A linear layer whose weight (out, in) has 16 bits, or 8 with a scale (out) for each output channel."""
+
+    def __init__(self, weight: Tensor, scale: Tensor | None = None, bias: Tensor | None = None):
+        super().__init__()
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.scale, self.bias = (t if t is None else nn.Parameter(t, requires_grad=False) for t in (scale, bias))
+
+    def product(self, x: Tensor) -> Tensor:
+        """xWᵀ, (…, out), in the type of x."""
+        if torch.compiler.is_compiling():
+            # For one row (1, in). The compiler makes one loop of this sum, which widens each value on its way; a
+            # product of matrices would widen the whole weight first.
+            return (self.weight * x.float()).sum(-1).to(x.dtype)[None]
+        if x.device.type != "cpu":
+            return x @ self.weight.T.to(x.dtype)
+        n_rows = max(1, PIECE // x.shape[-1])
+        wide = x.new_empty(n_rows, x.shape[-1])                 # used again and again, so it stays in the cache
+        return torch.cat([x @ wide[:len(rows)].copy_(rows).T for rows in self.weight.split(n_rows)], dim=-1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (…, in) to (…, out), in the type of x."""
+        out = self.product(x)
+        out = out if self.scale is None else out * self.scale.to(x.dtype)
+        return out if self.bias is None else out + self.bias
+
+
+def in_8_bits(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Whole numbers from -127 to 127 and scales (out), float32, whose products come nearest to weight (out, in)."""
+    values, scale = torch.empty_like(weight, dtype=torch.int8), weight.new_empty(len(weight), dtype=torch.float32)
+    for rows, numbers, largest in zip(*(t.split(max(1, PIECE // weight.shape[1])) for t in (weight, values, scale))):
+        largest.copy_(rows.float().abs().amax(dim=1).clamp(min=1e-30))
+        numbers.copy_((rows.float() * (127 / largest[:, None])).round())
+    return values, scale / 127
+
+
+def shorten(model: VisualChat, int8: bool, dtype: torch.dtype):
+    """Leave both towers' linear layers short, or put them into 8 bits, and everything else into `dtype`."""
+    towers = [module for tower in (model.llama, model.vit) for module in tower.modules()]
+    linear = [(module, name, child) for module in towers for name, child in module.named_children()
+              if isinstance(child, nn.Linear) and (int8 or child.weight.dtype.itemsize == 2
+                                                   and child.weight.numel() >= LARGE)]
+    short = set()
+    for module, name, child in tqdm(linear, "to 8 bits", delay=1, leave=False, disable=None if int8 else True):
+        new = ShortLinear(*(in_8_bits(child.weight) if int8 else (child.weight, None)), child.bias)
+        setattr(module, name, new)
+        short |= {new.weight, new.scale}
+    for parameter in model.parameters():
+        if parameter not in short:
+            parameter.data = parameter.data.to(dtype)
+
+
+def free_memory() -> float:
+    """Bytes that this machine can still give; infinite where it does not say so."""
+    path = Path("/proc/meminfo")
+    lines = dict(line.split(":") for line in path.read_text().splitlines()) if path.exists() else {}
+    return 1024 * int(lines["MemAvailable"].split()[0]) if "MemAvailable" in lines else float("inf")
+
+
+def load_short(folder: Path, devices: list[torch.device], int8: bool) -> tuple[VisualChat, ModelConfig]:
+    """A training result for chat: on a CPU with short weights, computing in FP32, on cards in FP16.
+
+    int8: the towers' weights in 8 bits. Raises as `load` does, and ValueError where memory is too short.
+    """
+    on_cpu = devices[0].type == "cpu"
+    if not (on_cpu or int8 or len(devices) > 1):
+        return load(folder, torch.float16, devices[0])
+    model, config = load(folder, None)
+    bits, values, free = 8 if int8 else 16, sum(p.numel() for p in model.parameters()), free_memory()
+    if (on_cpu or int8) and (needed := values * bits // 8) > free:
+        raise ValueError(f"{folder} needs {needed / 1e9:.1f} GB for weights in {bits} bits ("
+                         f"{values / 1e9:.1f} in 8, with --int8), and this machine has {free / 1e9:.1f} GB free")
+    if on_cpu or int8:
+        shorten(model, int8, torch.float32 if on_cpu else torch.float16)
+    else:
+        model.to(torch.float16)                                 # what has 16 bits stays mapped
+    return spread(model, devices), config

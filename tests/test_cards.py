@@ -1,0 +1,106 @@
+"""Claims about cards.py: every tensor meets its layer on its own card, and the answers are those of one device.
+
+There are no cards here. Both "cards" are the CPU where values matter; one is PyTorch's meta device, whose tensors
+cannot be mixed with others, where it matters that all of them were moved.
+"""
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as some
+from torch import Tensor
+
+from cards import cards, on_its_card, shares, spread
+from chat import Chat
+from llama import Pass, Tokenizer
+from page import looks_of
+from visualchat import ModelConfig, load, towers
+
+ROOT = Path(__file__).parents[1]
+SHIPPED, IMAGES = ROOT / "weights/tiny/chat", [ROOT / "examples/a.png", ROOT / "examples/b.png"]
+CPU, META = torch.device("cpu"), torch.device("meta")
+
+
+def chat_on(devices: list[torch.device]) -> Chat:
+    model = spread(load(SHIPPED)[0], devices)
+    chat = Chat(model, Tokenizer(towers(ModelConfig())[0]))
+    chat.max_new_tokens = 8
+    return chat
+
+
+def talk(chat: Chat) -> list[str]:
+    """New images, no image, one that was shown before."""
+    return [chat.ask("Describe image 1.", *IMAGES), chat.ask("What color is it?"), chat.ask("And now?", IMAGES[0])]
+
+
+def test_layers_on_several_devices_answer_as_on_one():
+    assert talk(chat_on([CPU, CPU, CPU])) == talk(chat_on([CPU]))
+
+
+@pytest.fixture
+def values_from_nowhere(monkeypatch):
+    """Lets tensors leave the meta device, with random values, as they would leave a card with true ones."""
+    move = Tensor.to
+
+    def to(self, *where, **how):
+        if self.is_meta and torch.device("cpu") in where:
+            return torch.randn(self.shape).to(self.dtype)
+        return move(self, *where, **how)
+    monkeypatch.setattr(Tensor, "to", to)
+
+
+def test_everything_that_a_layer_needs_is_on_its_card(values_from_nowhere):
+    torch.manual_seed(0)
+    chat = chat_on([CPU, META])
+    layers = chat.model.llama.layers
+    where = [layer.mlp.up_proj.weight.device.type for layer in layers]
+    assert where == sorted(where) and set(where) == {"cpu", "meta"}
+    assert all(p.device == CPU for name, p in chat.model.named_parameters() if ".layers." not in name)
+    seen = []
+    for layer in layers:
+        layer.mlp.register_forward_hook(lambda mlp, given, out: seen.append(out.device.type))
+    assert len(talk(chat)) == 3
+    assert seen[:len(layers)] == where
+    assert [kv.device.type for kv in chat.cache.text] == [kv.device.type for kv in chat.cache.image] == where
+    looks = looks_of(chat.model, chat.encoded())
+    assert looks.tokens.device == CPU and len(looks.tokens) == len(layers)
+
+
+@given(some.lists(some.integers(1, 1000), min_size=1, max_size=90), some.integers(0, 3000), some.integers(1, 8))
+def test_shares_are_in_order_and_no_card_holds_much_more_than_others(sizes, first, n):
+    found = shares(sizes, first, n)
+    assert found == sorted(found) and len(found) == len(sizes) and 0 <= found[0] and found[-1] < n
+    held = [first] + [0] * (n - 1)
+    for card, size in zip(found, sizes):
+        held[card] += size
+    mean = (sum(sizes) + first) / n
+    assert max(held) <= max(mean, first) + max(sizes)
+
+
+def test_70b_on_four_cards_is_shared_evenly():
+    held = [4.6e9, 0, 0, 0]            # the ViT, the embedding and lm_head on the first one
+    for card in shares([int(1.71e9)] * 80, int(4.6e9), 4):
+        held[card] += 1.71e9
+    assert max(held) - min(held) < 2 * 1.71e9
+
+
+def test_more_cards_than_there_are_are_refused(monkeypatch):
+    with pytest.raises(ValueError, match="--devices 3: this machine has 0 cards"):
+        monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: None)
+        cards(3)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: torch.device("cuda"))
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
+    assert cards(2) == [torch.device("cuda", 0), torch.device("cuda", 1)] and cards(None) == [torch.device("cuda")]
+    for wrong in (3, 0, -1):
+        with pytest.raises(ValueError, match="this machine has 2 cards"):
+            cards(wrong)
+
+
+def test_positions_and_rows_come_along():
+    """PyTorch takes an index from the CPU for any tensor, but not one from another card."""
+    layer = load(SHIPPED)[0].llama.layers[0].to(META)
+    x, rope, rows = torch.zeros(3, 128), torch.zeros(2, 3, 1, 32), torch.arange(2)
+    found = on_its_card(layer, (x, Pass(3, rope, lambda *given: None), 0, rows))
+    assert [one.device for one in (found[0], found[1].rope, found[3])] == [META] * 3 and found[2] == 0
+    assert on_its_card(layer, (x, found[1], 0, None))[3] is None and len(on_its_card(layer, (x, found[1], 0))) == 3

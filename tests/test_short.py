@@ -1,0 +1,128 @@
+"""Claims about short.py: 16 bits lose nothing, 8 bits little, and no weight is ever held twice in 32 bits."""
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import short
+from chat import Chat
+from conftest import TINY, tiny
+from data import Encoded
+from llama import Cache, Tokenizer
+from mmca import IMAGE, TEXT
+from pixels import load_pixels
+from short import ShortLinear, in_8_bits, load_short, shorten
+from visualchat import ModelConfig, load, towers
+
+ROOT = Path(__file__).parents[1]
+SHIPPED, IMAGE_FILE = ROOT / "weights/tiny/chat", ROOT / "examples/a.png"
+CPU = [torch.device("cpu")]
+
+
+def wide_chat() -> Chat:
+    """With all weights in 32 bits."""
+    return Chat(load(SHIPPED)[0], Tokenizer(towers(ModelConfig())[0]))
+
+
+@torch.no_grad()
+def logits(chat: Chat, encoded: Encoded) -> torch.Tensor:
+    """Of all positions of a conversation, without its cache."""
+    model, ids, kind = chat.model, torch.tensor([encoded.ids]), torch.tensor([encoded.kind])
+    pixels = torch.stack([load_pixels(file, model.vit.config.image_size) for file in encoded.images])
+    return model.llama.lm_head(model.llama(model.embed(ids, kind, model.image_tokens(pixels)), kind))
+
+
+def linear(out: int = 300, width: int = 96, bias: bool = True) -> nn.Linear:
+    torch.manual_seed(0)
+    return nn.Linear(width, out, bias)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rows", [1, 5, 70])
+def test_a_short_layer_computes_what_a_wide_one_with_the_same_values_does(monkeypatch, dtype, rows):
+    monkeypatch.setattr(short, "PIECE", 7 * 96)                 # seven rows at a time, and a rest of six
+    wide, x = linear().to(dtype).float(), torch.randn(2, rows, 96)
+    layer = ShortLinear(wide.weight.detach().to(dtype), bias=wide.bias)
+    assert layer.weight.dtype == dtype
+    torch.testing.assert_close(layer(x), wide(x), atol=1e-5, rtol=1e-5)
+
+
+def test_8_bits_are_half_a_step_off_at_most_and_each_output_channel_has_its_own_scale(monkeypatch):
+    monkeypatch.setattr(short, "PIECE", 7 * 96)
+    weight = linear().weight.detach() * torch.logspace(-6, 3, 300)[:, None]
+    weight[17] = 0
+    values, scale = in_8_bits(weight.half().float())
+    assert values.dtype == torch.int8 and scale.shape == (300,) and not values[17].any()
+    step = weight.half().float().abs().amax(1, keepdim=True) / 127
+    assert ((values * scale[:, None] - weight.half().float()).abs() <= 0.5001 * step).all()
+    others = [row for row in range(300) if row != 17]
+    assert (values[others].abs().amax(1) == 127).all()          # the whole range is used
+    x = torch.randn(3, 96)
+    torch.testing.assert_close(ShortLinear(values, scale)(x), x @ (values * scale[:, None]).T, atol=1e-9, rtol=1e-3)
+
+
+def test_large_layers_stay_the_mapped_16_bits_of_their_files_and_all_else_becomes_wide(monkeypatch):
+    monkeypatch.setattr(short, "LARGE", 128 * 256)              # here the MLPs and lm_head
+    model, _ = load(SHIPPED, None)
+    before = {name: p.data_ptr() for name, p in model.named_parameters() if p.dtype == torch.float16}
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    shorten(model, int8=False, dtype=torch.float32)
+    kept = {name for name, p in model.named_parameters() if p.dtype == torch.float16}
+    assert {name.split(".")[-2] for name in kept} >= {"gate_proj", "up_proj", "down_proj"}
+    for name, p in model.named_parameters():
+        assert (p.data_ptr() == before[name]) if name in kept else p.dtype == torch.float32
+    assert trained == {"projection.weight", "projection.bias", "llama.embed_tokens.weight"} and not trained & kept
+
+
+@pytest.mark.parametrize("large", [1, 1 << 22], ids=["all layers short", "as it ships"])
+def test_chat_in_16_bits_says_what_it_says_in_32(monkeypatch, large):
+    monkeypatch.setattr(short, "LARGE", large)
+    wide = wide_chat()
+    chat = Chat.open(SHIPPED)
+    assert any(isinstance(m, ShortLinear) for m in chat.model.modules()) == (large == 1)
+    for one in (wide, chat):
+        one.max_new_tokens = 12
+    assert chat.ask("Describe image 1.", IMAGE_FILE) == wide.ask("Describe image 1.", IMAGE_FILE) != ""
+    encoded = wide.encoded()
+    found, expected = (logits(one, encoded) for one in (chat, wide))
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+
+
+def test_8_bits_take_every_linear_layer_of_both_towers_and_hardly_change_the_logits():
+    chat = Chat.open(SHIPPED, int8=True)
+    towers = chat.model.llama, chat.model.vit
+    assert not any(isinstance(m, nn.Linear) for tower in towers for m in tower.modules())
+    assert sum(p.dtype == torch.int8 for p in chat.model.parameters()) == sum(
+        isinstance(m, nn.Linear) for tower in (load(SHIPPED)[0].llama, load(SHIPPED)[0].vit) for m in tower.modules())
+    assert isinstance(chat.model.projection, nn.Linear) and chat.model.projection.weight.dtype == torch.float32
+    wide = wide_chat()
+    assert chat.ask("Describe image 1.", IMAGE_FILE) == wide.ask("Describe image 1.", IMAGE_FILE)
+    found, expected = (logits(one, wide.encoded()) for one in (chat, wide))
+    assert 0 < (found - expected).norm() / expected.norm() < 0.05
+
+
+def test_a_cache_and_a_whole_pass_agree_with_short_layers(monkeypatch):
+    monkeypatch.setattr(short, "LARGE", 1)
+    llama = tiny("mmca").half()
+    holder = nn.Module()
+    holder.llama, holder.vit = llama, nn.Module()
+    shorten(holder, int8=False, dtype=torch.float32)
+    kind = torch.tensor([[TEXT, IMAGE, IMAGE, TEXT, TEXT]])
+    x, cache = torch.randn(1, 5, TINY.hidden_size), Cache(llama, 1, 8)
+    with torch.no_grad():
+        whole = llama(x, kind)
+        parts = torch.cat([llama(x[:, :4], kind[:, :4], cache=cache), llama(x[:, 4:], kind[:, 4:], cache=cache)])
+    torch.testing.assert_close(parts, whole, atol=1e-5, rtol=0)
+
+
+def test_too_little_memory_is_said_with_both_figures_before_anything_is_widened(monkeypatch):
+    monkeypatch.setattr(short, "free_memory", lambda: 3e6)
+    monkeypatch.setattr(short, "shorten", None)                 # not reached
+    with pytest.raises(ValueError, match=r"needs 0.0 GB for weights in 16 bits \(0.0 in 8, with --int8\)"):
+        load_short(SHIPPED, CPU, int8=False)
+    assert short.free_memory() == 3e6
+
+
+def test_free_memory_is_that_of_this_machine():
+    assert 0 < short.free_memory() < 1e14
