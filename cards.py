@@ -56,7 +56,7 @@ def spread(model: VisualChat, devices: list[torch.device]) -> VisualChat:
     sizes = [sum(p.nbytes for p in layer.parameters()) for layer in llama.layers]
     rest = sum(p.nbytes for p in model.parameters()) - sum(sizes)
     placed = shares(sizes, rest, len(devices))
-    for layer, card in zip(llama.layers, placed):               # first these, or the first card would hold them all
+    for layer, card in zip(llama.layers, placed):           # before the rest, or the first card would hold all
         layer.to(devices[card])
         if len(devices) > 1:
             layer.register_forward_pre_hook(on_its_card)

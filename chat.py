@@ -4,9 +4,8 @@
     Chat.open("out/tiny").ask("Describe image 1.", "a.png")       from Python
 
 A round costs only its own tokens, because a cache keeps the keys and values of earlier ones. Needs no deepspeed.
-Before: visualchat.py, data.py. Side rooms: terminal.py (what becomes of a line), names.py (which images it names),
-saved.py, album.py (images that were shown before), short.py (7b on a laptop), cards.py (70b on several cards), decode.py
-(--compile), page.py (where the model looked).
+Before: visualchat.py, data.py. Side rooms: terminal.py (its lines), names.py (names of images), saved.py, album.py
+(known images), short.py (7b on a laptop), cards.py (70b on several cards), decode.py (--compile), page.py (--page).
 """
 import signal
 import sys
@@ -147,7 +146,7 @@ class Chat:
             if len(whole.ids) >= self.limit:
                 raise ContextFull(f"{len(whole.ids)} positions exceed the {self.limit} of the context: /clear "
                                   "starts over, and --forget leaves out the oldest rounds")
-            ids, kind = (torch.tensor([values[fed:]], device=device) for values in (whole.ids, whole.kind))
+            ids, kind = torch.tensor([whole.ids[fed:]], device=device), torch.tensor([whole.kind[fed:]])
             n_fed = whole.kind[:fed].count(IMAGE) // model.vit.config.n_queries
             files, digests = whole.images[n_fed:], [*self.digests, *new.digests][n_fed:]
             # Under other forms of attention an image's keys depend on what was before it, so none is known.
@@ -173,13 +172,14 @@ class Chat:
     def answer(self, logits: Tensor, one: Answered, started: float) -> Iterator[int]:
         """The ids of the answer. However it ends, with Ctrl-C, too, the round has all of them."""
         for token in self.model.generate(logits, self.cache, self.max_new_tokens, self.sampling, self.step):
+            id = token.item()                                   # the only wait for a card
             one.seconds = time.perf_counter() - started
             one.first_after = one.first_after or one.seconds
-            if token.item() == self.tokenizer.eos:
+            if id == self.tokenizer.eos:
                 one.has_ended = True
                 return
-            one.ids.append(token.item())
-            yield token.item()
+            one.ids.append(id)
+            yield id
 
     @torch.no_grad()
     def pieces(self, question: str, files: list[ImageFile]) -> Iterator[str]:

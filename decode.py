@@ -43,12 +43,12 @@ def step_of_many(llama: Llama, ended: Tensor) -> Callable[[Tensor, Cache], Tenso
     @torch.no_grad()
     def step(token: Tensor, cache: Cache) -> Tensor:
         """`Llama.next_logits` for those that have not ended."""
-        rows = (~ended).nonzero()[:, 0]                                                         # (b), at most B
-        kind = torch.full((1, len(rows)), TEXT, device=token.device)
-        layout = separate(kind, [1] * len(rows), [cache.past[row] for row in rows])
+        alive = (~ended).nonzero()[:, 0].tolist()                                               # b, at most B
+        kind, rows = torch.full((1, len(alive)), TEXT), torch.tensor(alive, device=token.device)
+        layout = separate(kind, [1] * len(alive), [cache.past[row] for row in alive])
         cache.begin(layout)
         n_text, n_image = torch.tensor(cache.counts, device=token.device).T                     # (b) each
-        rows, text, image = rows.to(token.device), int(n_text.max()), int(n_image.max())
+        text, image = map(max, zip(*cache.counts))
 
         def attend(number: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             cache.text[number][rows, :, :, n_text - 1] = torch.stack((k, v), dim=1)
@@ -61,7 +61,7 @@ def step_of_many(llama: Llama, ended: Tensor) -> Callable[[Tensor, Cache], Tenso
         for number, layer in enumerate(llama.layers):
             x = layer(x, shared, number)
         cache.past = list(cache.past)
-        for row, segment in zip(rows.tolist(), layout.segments):
+        for row, segment in zip(alive, layout.segments):
             cache.past[row] = segment.kind
         logits = llama.lm_head(llama.norm(x))
         return logits.new_zeros(len(token), logits.shape[1]).index_copy(0, rows, logits)

@@ -70,7 +70,7 @@ def hold_conversations(model: VisualChat, tokenizer: Tokenizer, conversations: l
             examples.append(to_tensors(new + question, vision.image_size))
             shown[i] += len(round_.images)
         batch = collate(examples)
-        ids, kind, images = (batch[name].to(device) for name in ("ids", "kind", "images"))
+        ids, images, kind = batch["ids"].to(device), batch["images"].to(device), batch["kind"]
         logits = model.prefill(model.embed(ids, kind, model.image_tokens(change_pixels(images))), kind, cache,
                                batch["lengths"])
         check_logits(logits)

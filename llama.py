@@ -295,8 +295,8 @@ class Llama(nn.Module):
         form, n_queries = compact_attention, layout.n_text
         if self.attention == "written":
             form, n_queries = written_attention, len(x)
-        rope = cache.rope[:, layout.position] if cache else rope_table(layout.position, self.config.head_dim,
-                                                                       self.config.rope_theta)
+        rope = cache.rope[:, layout.position] if cache else rope_table(
+            layout.position.to(x.device), self.config.head_dim, self.config.rope_theta)
 
         def attend(number: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             if self.watch:
@@ -321,8 +321,8 @@ class Llama(nn.Module):
         They are those of the positions where read (B, T) is true, in order; by default of all that are computed.
         Each row is a conversation, or `lengths` are those of the conversations that lie in the rows one after the
         other. With a cache, they go on from what is in it. With image_kv, from `Cache.newest_images`, the images
-        come from there and x is ignored where kind is IMAGE. Raises ValueError where the cache is full, or where
-        image_kv has another number of image tokens than kind.
+        come from there and x is ignored where kind is IMAGE. If kind and read lie on the CPU, a card waits for
+        nothing. Raises ValueError where the cache is full, or where image_kv and kind have different image tokens.
         """
         kind = all_text(kind) if self.attention == "causal" else kind
         layout = separate(kind, lengths, cache and cache.past)
@@ -337,15 +337,15 @@ class Llama(nn.Module):
         if read is not None or len(layout.index) > layout.n_text:
             row = torch.full((kind.numel(),), -1, device=kind.device)           # of each position in the flat list
             row[layout.index] = torch.arange(len(layout.index), device=kind.device)
-            rows = row[read.flatten()] if read is not None else row[row >= 0]
-        return self.through_layers(x.flatten(0, 1).index_select(0, layout.index), layout, rows, cache)
+            rows = (row[read.flatten()] if read is not None else row[row >= 0]).to(x.device)
+        return self.through_layers(x.flatten(0, 1).index_select(0, layout.index.to(x.device)), layout, rows, cache)
 
     @torch.no_grad()
     def next_logits(self, token: Tensor, cache: Cache) -> Tensor:
         """One more text token (conversations) for each conversation in a cache: the logits (conversations,
         vocabulary) of what follows it."""
         x = self.embed_tokens(token)[None]                                      # (1, conversations, C)
-        kind = torch.full_like(token, TEXT)[None]
+        kind = torch.full((1, len(token)), TEXT)
         return self.lm_head(self(x, kind, lengths=[1] * len(token), cache=cache))
 
     @classmethod

@@ -1,10 +1,12 @@
-"""How does 7b fit into a laptop? Its weights stay in the 16 bits of their files, or take 8, and are widened in use.
+"""How does 7b fit into a laptop? Its weights stay in the 16 bits of their files, or take 8; use widens them.
 
 A linear layer's weight is most of a model, and is read once for each product. ShortLinear widens a few rows at a
-time, so that only those ever exist in 32 bits. In 16 bits nothing is lost: the values are those of the files, which
-are mapped into memory and not copied. In 8 bits each output channel has a scale of its own, and each weight is
-rounded to one of 255 multiples of it. Side room of chat.py; decode.py compiles the same layers.
+time, so only those ever exist in 32 bits. In 16 bits nothing is lost: the values are those of the files, which are
+mapped into memory and not copied. In 8 bits each output channel has a scale of its own, and each weight is rounded
+to one of 255 multiples of it. Prompts and images are multiplied in BF16 where the processor has instructions for
+that, which are several times as fast. Side room of chat.py; decode.py compiles the same layers.
 """
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -16,6 +18,14 @@ from visualchat import ModelConfig, VisualChat, load
 
 PIECE = 1 << 18                 # so many values are widened at a time: as float32 they fit into a core's own cache
 LARGE = 1 << 22                 # weights of fewer values are widened once and for all
+MANY = 16                       # so many rows of x are multiplied in BF16, where the processor does that well
+
+
+@cache
+def multiplies_bf16() -> bool:
+    """Whether the processor multiplies BF16 itself, and not by way of FP32."""
+    can = torch.cpu.get_capabilities()
+    return any(can.get(name) for name in ("amx_bf16", "avx512_bf16", "bf16"))       # the last one on ARM
 
 
 class ShortLinear(nn.Module):
@@ -34,9 +44,11 @@ class ShortLinear(nn.Module):
             return (self.weight * x.float()).sum(-1).to(x.dtype)[None]
         if x.device.type != "cpu":
             return x @ self.weight.T.to(x.dtype)
-        n_rows = max(1, PIECE // x.shape[-1])
-        wide = x.new_empty(n_rows, x.shape[-1])                 # used again and again, so it stays in the cache
-        return torch.cat([x @ wide[:len(rows)].copy_(rows).T for rows in self.weight.split(n_rows)], dim=-1)
+        dtype = torch.bfloat16 if x.shape[:-1].numel() >= MANY and multiplies_bf16() else x.dtype
+        n_rows, short = max(1, PIECE // x.shape[-1]), x.to(dtype)
+        room = short.new_empty(n_rows, x.shape[-1])             # used again and again, so it stays in the cache
+        parts = [short @ room[:len(rows)].copy_(rows).T for rows in self.weight.split(n_rows)]
+        return torch.cat(parts, dim=-1).to(x.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (…, in) to (…, out), in the type of x."""
@@ -46,9 +58,10 @@ class ShortLinear(nn.Module):
 
 
 def in_8_bits(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Whole numbers from -127 to 127 and scales (out), float32, whose products come nearest to weight (out, in)."""
+    """Whole numbers from -127 to 127 and scales (out), float32, whose products come near to weight (out, in)."""
     values, scale = torch.empty_like(weight, dtype=torch.int8), weight.new_empty(len(weight), dtype=torch.float32)
-    for rows, numbers, largest in zip(*(t.split(max(1, PIECE // weight.shape[1])) for t in (weight, values, scale))):
+    n_rows = max(1, PIECE // weight.shape[1])
+    for rows, numbers, largest in zip(weight.split(n_rows), values.split(n_rows), scale.split(n_rows)):
         largest.copy_(rows.float().abs().amax(dim=1).clamp(min=1e-30))
         numbers.copy_((rows.float() * (127 / largest[:, None])).round())
     return values, scale / 127

@@ -81,14 +81,14 @@ def alike_on_all_ranks(batches: list[dict], blank: dict, engine) -> list[dict]:
     """The batches on the device, each with an image, and blank ones until all ranks have as many.
 
     Under ZeRO-3 the ranks gather the weights of a module together, so all must run the same modules equally often,
-    the ViT, too. A batch without any image gets the blank conversation.
+    the ViT, too. A batch without any image gets the blank conversation. How it is laid out stays on the CPU.
     """
     most = torch.tensor(len(batches), device=engine.device)
     dist.all_reduce(most, dist.ReduceOp.MAX)
     images = "features" if "features" in blank else "images"
     batches = [batch if len(batch[images]) else join(batch, blank) for batch in batches]
     batches += [blank] * (int(most) - len(batches))
-    return [{name: x.to(engine.device, non_blocking=True) if isinstance(x, Tensor) else x
+    return [{name: x if name in ("kind", "labels", "lengths") else x.to(engine.device, non_blocking=True)
              for name, x in batch.items()} for batch in batches]
 
 

@@ -120,7 +120,7 @@ class VisualChat(nn.Module):
                        else self.projection(features.to(self.projection.weight.dtype)))
         answer = torch.zeros_like(labels, dtype=torch.bool)
         answer[:, :-1] = labels[:, 1:] != IGNORE            # position t predicts t + 1
-        return self.llama.lm_head(self.llama(x, kind, answer, lengths), labels[:, 1:][answer[:, :-1]])
+        return self.llama.lm_head(self.llama(x, kind, answer, lengths), labels[:, 1:][answer[:, :-1]].to(x.device))
 
     @torch.no_grad()
     def prefill(self, x: Tensor, kind: Tensor, cache: Cache, lengths: list[int] | None = None,
@@ -129,7 +129,7 @@ class VisualChat(nn.Module):
 
         Each conversation ends in text and goes on where the cache stands. Arguments as in `Llama.forward`.
         """
-        ends = torch.tensor(lengths or [x.shape[1]] * len(x), device=x.device).cumsum(0) - 1
+        ends = torch.tensor(lengths or [x.shape[1]] * len(x), device=kind.device).cumsum(0) - 1
         read = torch.zeros_like(kind, dtype=torch.bool).flatten().index_fill(0, ends, True).view_as(kind)
         return self.llama.lm_head(self.llama(x, kind, read, lengths, cache, image_kv))
 
@@ -155,8 +155,8 @@ def whole_answers(labels: Tensor, right: Tensor) -> Tensor:
     scored = labels != IGNORE
     first = scored & ~F.pad(scored, (1, 0))[:, :-1]                            # of each answer
     number = first.flatten().cumsum(0)[scored.flatten()] - 1                   # which answer a token belongs to
-    wrong = torch.zeros(int(first.sum()), device=right.device).index_add(0, number, (~right).float())
-    return wrong == 0
+    wrong = torch.zeros(int(first.sum()), device=right.device)
+    return wrong.index_add(0, number.to(right.device), (~right).float()) == 0
 
 
 def readable(count: int) -> str:
@@ -245,7 +245,8 @@ def load_trained(model: VisualChat, tensors: dict[str, Tensor], source: Path):
 def load(folder: Path | str, dtype=torch.float32, device="cpu") -> tuple[VisualChat, ModelConfig]:
     """The model as it was saved: towers from their own folders, the trained tensors from this one.
 
-    dtype None: towers as their files are, what trains in float32. Raises FileNotFoundError for absent files and ValueError where names or shapes differ from what is trained.
+    dtype None: towers as their files are, what trains in float32. Raises FileNotFoundError for absent files and
+    ValueError where names or shapes differ from what is trained.
     """
     folder = Path(folder)
     for name in (TRAINED, CONFIG):
