@@ -263,6 +263,16 @@ def has_ended(options: Options) -> bool:
     return (Path(options.out) / TRAINED).exists() and not (Path(options.out) / "checkpoints").exists()
 
 
+def room_needed(options: Options, values: int) -> int:
+    """Bytes that the folder of a run takes at most, where so many values train; its log and curve are small.
+
+    A checkpoint has 12 bytes of masters and moments for each value and, below stage 3, the value itself. While one
+    is written, the older ones are still there. There are two results, in float32, and one that is being written.
+    """
+    weights = (4 if options.precision == "fp32" else 2) * (options.zero < 3)
+    return values * ((12 + weights) * (options.keep + 1) + 3 * 4)
+
+
 def save_checkpoint(engine, options: Options, progress: dict):
     """Every rank writes its part; then one rename makes it count. A kill leaves the one before."""
     older = [step for step in progress["saved"] if step < progress["step"]]

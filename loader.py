@@ -31,17 +31,22 @@ def ignore_signals(worker: int):
         signal.signal(number, signal.SIG_IGN)
 
 
-def workers_that_fit(options: Options, conversations: Conversations, say: Callable[[str], None]) -> Options:
-    """The options, without workers where the batches they keep ready could fill the memory they share with us.
+def shared_memory(options: Options, most: int, each: int) -> int:
+    """Bytes that the batches which workers keep ready may take: `most` images a conversation, each so many bytes.
 
-    All ranks of a machine share it, so it is all of a step's conversations that must fit.
+    All ranks of a machine share this memory, so it is all of a step's conversations that must fit.
     """
+    return options.batch * most * each * options.workers * 2                    # PyTorch's workers prepare two
+
+
+def workers_that_fit(options: Options, conversations: Conversations, say: Callable[[str], None]) -> Options:
+    """The options, without workers where the batches they keep ready could fill the memory they share with us."""
     shared, features, size = Path("/dev/shm"), conversations.features, conversations.vision.image_size
     if not options.workers or not shared.is_dir():
         return options
     most = max(sum(len(round_.images) for round_ in one.rounds) for one in conversations.conversations)
     each = 2 * math.prod(features.shape) if features else 3 * size ** 2         # bytes of an image
-    ready = options.batch * most * each * options.workers * 2                   # PyTorch's workers prepare two
+    ready = shared_memory(options, most, each)
     if (free := shutil.disk_usage(shared).free) >= ready:
         return options
     say(f"{shared} has {free / 1e6:.1f} MB free, and --workers {options.workers} may need {ready / 1e6:.1f}: "

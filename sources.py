@@ -502,7 +502,9 @@ COCO, CGD = "coco/train2017", "MIMIC-IT/CGD_instructions.json"
 DETAIL, DIALOGUE = ("llava/detail_23k.json", "llava/complex_reasoning_77k.json"), "llava/conversation_58k.json"
 SPARKLES = "SparklesDialogueCC and SparklesDialogueVG by way of github.com/HYPJUDY/Sparkles"
 WHERE = {"coco": "the images of COCO's train2017 from cocodataset.org",
-         "llava": "LLaVA-Instruct-150K from the Hugging Face hub, liuhaotian/LLaVA-Instruct-150K",
+         "llava": "LLaVA-Instruct-150K from the Hugging Face hub: hf download liuhaotian/LLaVA-Instruct-150K "
+                  "detail_23k.json complex_reasoning_77k.json conversation_58k.json --repo-type dataset "
+                  "--local-dir {data}/llava",
          "MIMIC-IT": "MIMIC-IT from the Hugging Face hub, pufanyi/MIMICIT, where its terms must be accepted first",
          "SparklesDialogueCC": SPARKLES, "SparklesDialogueVG": SPARKLES}
 
@@ -513,19 +515,21 @@ class Source:
     convert: Callable[..., Iterator[Conversation]]              # takes a Reader and the paths of `files`
     in_paper: int                                               # for one that the paper lacks: its own count
     files: tuple[str, ...]
+    most_images: int = MOST_IMAGES                              # of a conversation, in the official files
 
     def read(self, reader: Reader) -> Iterator[Conversation]:
         """Its conversations; raises FileNotFoundError that says where to get missing files."""
         if missing := [name for name in self.files
                        if not (reader.data / name).exists() and not parquet_files(reader.data / name)]:
             where = "; ".join(dict.fromkeys(WHERE.get(name.split("/")[0], name) for name in missing))
-            raise FileNotFoundError(f"no {', '.join(missing)} in {reader.data.absolute()}. Get {where}")
+            raise FileNotFoundError(f"no {', '.join(missing)} in {reader.data.absolute()}. "
+                                    f"Get {where.format(data=reader.data)}")
         return self.convert(reader, *(reader.data / name for name in self.files))
 
 
 SOURCES = {
-    "llava": Source(partial(concatenated, most=3), 49924, (*DETAIL, COCO)),
-    "llava_dial": Source(partial(concatenated, most=2), 37818, (DIALOGUE, COCO)),
+    "llava": Source(partial(concatenated, most=3), 49924, (*DETAIL, COCO), most_images=3),
+    "llava_dial": Source(partial(concatenated, most=2), 37818, (DIALOGUE, COCO), most_images=2),
     "otter_mimicit_cgd": Source(mimicit, 70940, (CGD, COCO)),
     **{f"otter_mimicit_{name.lower()}": Source(mimicit, count, (f"MIMIC-IT/{name}_instructions.json",
                                                                f"MIMIC-IT/{name}.json"))

@@ -49,10 +49,18 @@ def replacing(path: Path) -> Iterator[Path]:
         unfinished.unlink(missing_ok=True)
 
 
-def read_json(path: Path, expected: type = dict):
-    """The object in a JSON file, or the list where that is expected; raises ValueError that names the file."""
+def check_readable(path: Path):
+    """Raises FileNotFoundError for no file, PermissionError, and ValueError for a pointer in place of the file."""
     if not path.is_file():                                      # a pipe might never end
         raise FileNotFoundError(f"no file {path}")
+    with open(path, "rb") as file:
+        if file.read(23) == b"version https://git-lfs":
+            raise ValueError(f"{path} is a pointer of Git LFS, {path.stat().st_size} bytes in place of a file")
+
+
+def read_json(path: Path, expected: type = dict):
+    """The object in a JSON file, or the list where that is expected; raises ValueError that names the file."""
+    check_readable(path)
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
@@ -84,11 +92,11 @@ def sizes(kind: type, found: dict, source: Path):
 
 # ---- where weights lie ----
 
-def shards(folder: Path, prefix: str) -> list[Path]:
-    """The weight files of a folder that hold tensors whose names start with `prefix`, as the folder's index says.
+def needed_files(folder: Path, prefix: str) -> list[Path] | None:
+    """The weight files for tensors whose names start with `prefix`, there or not, as a folder's index says.
 
-    Raises FileNotFoundError where the folder holds no weights or lacks a file that the index names, and ValueError
-    where the index names a file outside the folder.
+    None where the folder has no weights and no index. Raises ValueError where the index names a file outside the
+    folder.
     """
     for single in ("model.safetensors", "pytorch_model.bin"):
         index = folder / f"{single}.index.json"
@@ -98,12 +106,19 @@ def shards(folder: Path, prefix: str) -> list[Path]:
             names = {str(shard) for name, shard in weight_map.items() if name.startswith(prefix)}
             if outside := [name for name in names if Path(name).name != name or name in ("", "..")]:
                 raise ValueError(f"{index} names {outside[0]!r}, which is no file in its folder")
-            if absent := sorted(name for name in names if not (folder / name).exists()):
-                raise FileNotFoundError(f"{folder} lacks {len(absent)} of the files that its index names, such as "
-                                        f"{', '.join(absent[:4])[:400]}: fetch them")
             return [folder / name for name in sorted(names)]
         if (folder / single).exists():
             return [folder / single]
+    return None
+
+
+def shards(folder: Path, prefix: str) -> list[Path]:
+    """`needed_files`, which must all be there: raises FileNotFoundError, and ValueError as that one does."""
+    if (needed := needed_files(folder, prefix)) is not None:
+        if absent := [path.name for path in needed if not path.exists()]:
+            raise FileNotFoundError(f"{folder} lacks {len(absent)} of the files that its index names, such as "
+                                    f"{', '.join(absent[:4])[:400]}: fetch them")
+        return needed
     found = ", ".join(sorted(path.name for path in folder.glob("*"))[:8]) or "nothing"
     raise FileNotFoundError(f"{folder} holds no model.safetensors and no pytorch_model.bin, whole or with an "
                             f"index; found: {found}")
@@ -123,6 +138,23 @@ def is_whole(folder: Path) -> bool:
         return False
 
 
+def download(repository: str, folder: Path | None, names: Iterable[str] = ()) -> str:
+    """The command that gets these files of a repository, or what is needed first, into a folder or the cache."""
+    if repository.startswith("tiny/"):
+        return "python train.py --size tiny" if repository == "tiny/chat" else "python -m tiny.pretrain"
+    # Files that are there, but damaged, would not be fetched again without force. LLaMA's repositories hold the
+    # weights in two formats, and one is enough. The index of a Qwen-VL says which of its shards are needed.
+    which = (f"{' '.join(names)} --force-download" if names else
+             "--exclude '*.bin'" if "Llama" in repository else "--include '*.json'")
+    return f"hf download {repository} {which}{f' --local-dir {folder}' if folder else ''}"
+
+
+def local_folders(repository: str) -> tuple[Path, Path]:
+    """Where its weights lie if not in a cache: in the working folder, or beside this file."""
+    name = repository if repository.startswith("tiny/") else Path(repository).name
+    return Path("weights") / name, HERE / "weights" / name
+
+
 def find_weights(repository: str) -> Path:
     """The folder with the weights of a repository such as Qwen/Qwen-VL.
 
@@ -130,8 +162,7 @@ def find_weights(repository: str) -> Path:
     Hugging Face's programs; the first one that lacks no file. Raises FileNotFoundError with these folders and the
     command that gets the weights.
     """
-    name = repository if repository.startswith("tiny/") else Path(repository).name
-    local, beside = Path("weights") / name, HERE / "weights" / name
+    local, beside = local_folders(repository)
     cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     home = os.environ.get("HF_HOME") or f"{cache}/huggingface"
     hub = os.environ.get("HF_HUB_CACHE") or f"{home}/hub"
@@ -141,13 +172,11 @@ def find_weights(repository: str) -> Path:
     if whole := [folder for folder in folders if is_whole(folder)]:
         return whole[0]
     begun = "".join(f"; {folder.absolute()} is not complete" for folder in folders if folder.exists())
-    # LLaMA's repositories hold the weights in two formats; one is enough.
-    exclude = " --exclude '*.bin'" if "Llama" in repository else ""
-    how = ("python train.py --size tiny" if repository == "tiny/chat" else
-           "python -m tiny.pretrain" if repository.startswith("tiny/") else
-           f"hf download {repository}{exclude} --local-dir {local}   (its license may have to be accepted first)")
+    then = ("   (its license must be accepted first)" if "Llama" in repository else
+            "\n    python train.py --size 7b --check-weights   (names the shards to get)" if "Qwen" in repository
+            else "")
     raise FileNotFoundError(f"no weights of {repository}: looked for {local.absolute()}, {beside} and {cached}"
-                            f"{begun}. Get them with\n    {how}")
+                            f"{begun}. Get them with\n    {download(repository, local)}{then}")
 
 
 # ---- reading and checking ----
@@ -180,10 +209,9 @@ def read_file(path: Path, prefix: str = "") -> dict[str, Tensor]:
     """The tensors of a file whose names start with `prefix`, by name.
 
     They are memory-mapped: their bytes are read from the disk when somebody copies them. Raises ValueError where
-    the file is damaged or a pickle holds anything but tensors, and FileNotFoundError where there is none.
+    the file is damaged or a pickle holds anything but tensors, and as `check_readable` does.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"no file {path}")
+    check_readable(path)
     try:
         if path.suffix == ".safetensors":
             with safe_open(path, "pt") as file:
@@ -200,6 +228,8 @@ def read_file(path: Path, prefix: str = "") -> dict[str, Tensor]:
             raise ValueError("a tensor claims more or fewer values than are stored for it")
         return {name: tensor for name, tensor in pickled.items() if name.startswith(prefix)}
     except Exception as error:                      # damaged files make readers raise errors of all kinds
+        if "Cannot allocate memory" in str(error):
+            raise OSError(f"{path} is too large to be mapped into this machine's memory") from error
         reason = printable(f"{type(error).__name__} {error}".splitlines()[0][:200])
         raise ValueError(f"{path} is damaged, or holds other things than dense tensors of floating-point numbers: "
                          f"get it again. {reason}") from error

@@ -261,7 +261,8 @@ def nowhere(monkeypatch, tmp_path):
 def test_absent_weights_are_named_with_the_command_that_gets_them(nowhere, tmp_path):
     with pytest.raises(FileNotFoundError) as error:
         find_weights("Qwen/Qwen-VL")
-    for text in (tmp_path / "weights/Qwen-VL", nowhere, "hf download Qwen/Qwen-VL --local-dir weights/Qwen-VL"):
+    command = "hf download Qwen/Qwen-VL --include '*.json' --local-dir weights/Qwen-VL"
+    for text in (tmp_path / "weights/Qwen-VL", nowhere, command):
         assert str(text) in str(error.value)
     with pytest.raises(FileNotFoundError, match="python -m tiny.pretrain"):
         find_weights("tiny/llama")
