@@ -67,7 +67,9 @@ class Options:
     monitor: tuple[str, ...] = option((), "who else is told the figures, through DeepSpeed",
                                       ["tensorboard", "wandb", "csv_monitor"])
     plan: bool = option(False, "print what each GPU will hold and how much there is to compute, and end")
-    gpus: int = option(8, "how many GPUs --plan plans for", least=1)
+    check_weights: bool = option(False, "say in one screen what this machine has and lacks for the training: "
+                                        "weights, data, memory, disk; and end")
+    gpus: int = option(8, "how many GPUs --plan plans for, and --check-weights where there is none", least=1)
     gpu_memory: float = option(80.0, "what each of them has, in 10^9 bytes", least=1)
     length: int = option(1024, "positions of a conversation that --plan expects, a third of them answers", least=1)
     local_rank: int = option(0, "set by the launcher")
@@ -85,13 +87,17 @@ def paper_epochs(size: str, datasets: tuple[str, ...]) -> int:
 
 
 def for_size(options: Options) -> Options:
-    """Options with what is None filled in. --plan is about GPUs, so it plans for FP16 where there is none, too."""
+    """Options with what is None filled in. --plan is about GPUs, so it plans for FP16 where there is none, too.
+
+    So does --check-weights, but for the tiny size, which trains on a CPU as well.
+    """
     datasets = options.datasets or (MIXTURE_OF_SIZE[options.size],)
     usual = (dict(data="data/tiny", cache_features="out/features", epochs=2, batch=16, lr=2e-3)
              if options.size == "tiny" else
              dict(data="data", cache_features="", epochs=paper_epochs(options.size, datasets), batch=128, lr=1e-3))
-    on_gpu = options.plan or (torch.accelerator.current_accelerator(check_available=True) is not None
-                              and os.environ.get("DS_ACCELERATOR") != "cpu")         # DeepSpeed's own switch
+    on_gpu = (options.plan or options.check_weights and options.size != "tiny" or
+              torch.accelerator.current_accelerator(check_available=True) is not None
+              and os.environ.get("DS_ACCELERATOR") != "cpu")                         # DeepSpeed's own switch
     usual |= dict(out=f"out/{options.size}", precision="fp16" if on_gpu else "fp32")
     options = replace(options, datasets=datasets, **{name: value for name, value in usual.items()
                                                      if getattr(options, name) is None})

@@ -4,8 +4,8 @@
     deepspeed train.py --size 7b --data /path/to/data  a GPU machine
 
 out/<size>/ then holds trained.safetensors and config.json for chat.py, log.csv and loss.png to look at.
-Before: data.py. Next: chat.py. Side rooms: recipe.py (the options), zero.py (DeepSpeed), loader.py (who opens the
-images), checkpoint.py (--resume).
+Before: data.py. Next: chat.py. Side rooms: recipe.py (the options), ready.py (is all there?), zero.py (DeepSpeed),
+loader.py (who opens the images), checkpoint.py (--resume).
 """
 import json
 import math
@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 # First of ours, because it sets what deepspeed must find in the environment when it is imported.
 from zero import (DTYPES, build_model, check_machine, check_options, dist, engine_for, get_accelerator,
-                  per_rank, plan_text, settings_for, share_of_peak, start)
+                  per_rank, settings_for, share_of_peak, start)
 
 from album import KeptFeatures
 from checkpoint import (Stop, draw_curve, has_ended, identity, image_names, is_lost_rank, latest, load_checkpoint,
@@ -29,6 +29,7 @@ from checkpoint import (Stop, draw_curve, has_ended, identity, image_names, is_l
 from data import Conversations, order, split
 from llama import Tokenizer
 from loader import blank_batch, end_workers, failure_text, loader, workers_that_fit
+from ready import look_ahead
 from recipe import Options, command_line
 from sources import count_as_there, n_sharing, read_datasets
 from tiny.world import DATA, ensure
@@ -312,9 +313,8 @@ def main():
     """The command line; what does not fit ends it with one line. Exits with 130 where it was asked to stop."""
     options = command_line(__doc__)
     try:
-        if options.plan:
-            print(plan_text(options))
-            return
+        if options.plan or options.check_weights:               # nothing is trained
+            sys.exit(look_ahead(options))
         start()
         ended = run(options)
     except (OSError, ValueError) as error:
