@@ -16,13 +16,13 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
-import psutil                                                   # comes with DeepSpeed
 import torch
 
 from checkpoint import has_ended, room_needed, steps_in
 from llama import LLAMA_2, Llama, Tokenizer
 from loader import shared_memory
 from recipe import Options
+from short import free_memory
 from sources import SOURCES, WHERE, Reader, dataset_names, file_names
 from tiny.world import DATA
 from visualchat import REPOSITORIES, encoder_in
@@ -159,7 +159,7 @@ def check_main_memory(options: Options, here: list) -> Finding:
     needed = 12 * values["trained"] + (options.zero == 3) * width * (values["frozen"] + values["trained"])
     if options.offload == "nvme":
         return enough(shutil.disk_usage(options.nvme).free, needed, f"for --offload in {options.nvme}")
-    free = psutil.virtual_memory().available
+    free = free_memory()
     if not here and options.size == "tiny":
         return enough(free, sum(memory(options, *published_sizes("tiny"), 1).values()), "by the plan")
     if not options.offload:

@@ -5,7 +5,6 @@ import re
 import shutil
 import subprocess
 import sys
-from collections import namedtuple
 from pathlib import Path
 
 import pytest
@@ -297,7 +296,7 @@ def test_without_permission_the_file_is_named_and_no_command_is_named(machine, s
 def test_what_is_too_little_or_contradicts_is_said(machine, no_towers, screen, monkeypatch, free, given, line):
     Path("own.json").write_text('{"fp16": {"enabled": false}}')
     monkeypatch.setattr("ready.shutil.disk_usage", DISK_USAGE if "nvme" in given else room(free))
-    monkeypatch.setattr("ready.psutil.virtual_memory", lambda: namedtuple("Memory", "available")(10 ** 10))
+    monkeypatch.setattr("ready.free_memory", lambda: 10 ** 10)
     status, lines, _ = screen(**given)
     name, state, said = line
     assert states(lines).keys() == {name} and status == (state != "slow")
