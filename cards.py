@@ -9,9 +9,8 @@ Cache in llama.py makes them. Side room of chat.py (--devices).
 from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from llama import Llama, Pass
 from visualchat import VisualChat
 
 

@@ -5,7 +5,7 @@
 
 A round costs only its own tokens, because a cache keeps the keys and values of earlier ones. Needs no deepspeed.
 Before: visualchat.py, data.py. Side rooms: terminal.py (its lines), names.py (names of images), saved.py, album.py
-(known images), short.py (7b on a laptop), cards.py (70b on several cards), decode.py (--compile), page.py (--page).
+(known images), short.py (7b on a laptop), cards.py (70b on cards), decode.py (--compile), page.py (--page).
 """
 import signal
 import sys

@@ -113,7 +113,7 @@ def check_data(options: Options, name: str) -> Finding:
 
 # ---- the machine ----
 
-def cards() -> list[tuple[str, int]]:
+def free_cards() -> list[tuple[str, int]]:
     """Name and free bytes of each GPU here."""
     return [] if get_accelerator().device_name() == "cpu" else [
         (torch.cuda.get_device_name(i), torch.cuda.mem_get_info(i)[0]) for i in range(torch.cuda.device_count())]
@@ -197,7 +197,7 @@ def findings(options: Options) -> Iterator[tuple[str, Finding]]:
     """(what was looked at, what was found), one after the other."""
     here, size, (llama, vit) = [], options.size, REPOSITORIES[options.size]
     try:
-        here = cards()
+        here = free_cards()
     except RuntimeError as error:                               # no answer of a driver, or a full card
         yield "driver of GPUs", ("wrong", str(error).splitlines()[0])
     checks = {

@@ -16,7 +16,6 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 # First of ours, because it sets what deepspeed must find in the environment when it is imported.

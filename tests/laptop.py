@@ -49,8 +49,8 @@ def errors():
             seconds = time.perf_counter() - started
             off = ((found - expected).norm() / expected.norm()).item()
             same = (found.argmax(-1) == expected.argmax(-1)).float().mean().item()
-            print(f"{name}{', prompts in BF16' * in_bf16}: logits off by {off:.1e}, the likeliest token the same at"
-                  f" {100 * same:.1f} % of the positions; a prompt of 512 positions in {seconds:.2f} s", flush=True)
+            print(f"{name}{', prompts in BF16' * in_bf16}: logits off by {off:.1e}, the likeliest token the same "
+                  f"at {100 * same:.1f} % of the positions; 512 positions in {seconds:.2f} s", flush=True)
     caches = {name: Cache(llama, 1, 64) for name, llama in models.items()}
     found = times({name: lambda llama=llama, cache=caches[name]: llama.next_logits(torch.tensor([3]), cache)
                    for name, llama in models.items()} | {"read": torch.ones(2 ** 28).sum}, 9)
@@ -74,7 +74,7 @@ def chat(options: list[str]):
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         llama = sparse.write_llama(root / "llama", LLAMA_2["7b"])
-        result = sparse.write_result(root / "out", "7b", llama, sparse.write_vit(root / "vit", 48), 4096)
+        result = sparse.write_result(root / "out", "7b", llama, sparse.write_vit(root / "vit", 48), LLAMA_2["7b"])
         process = subprocess.Popen(
             [sys.executable, "chat.py", "--model", result, "examples/a.png", "--question", "Describe image 1.",
              "--question", "And now?", "--verbose", "--max-new-tokens", "8", *options], cwd=ROOT)

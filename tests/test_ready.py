@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections import namedtuple
 from pathlib import Path
 
 import pytest
@@ -95,7 +96,7 @@ def machine(prepared, tmp_path, monkeypatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("weights.HERE", tmp_path / "code")
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
-    monkeypatch.setattr("ready.cards", lambda: CARDS)
+    monkeypatch.setattr("ready.free_cards", lambda: CARDS)
     monkeypatch.setattr("ready.check_machine", lambda options: None)
     monkeypatch.setattr("ready.shutil.disk_usage", room(10 ** 12))
     return tmp_path
@@ -144,7 +145,7 @@ def test_a_machine_that_has_all_can_start_and_no_value_is_read(machine, screen, 
 
 
 def test_without_a_gpu_the_rest_is_still_looked_at(machine, screen, monkeypatch):
-    monkeypatch.setattr("ready.cards", lambda: [])
+    monkeypatch.setattr("ready.free_cards", lambda: [])
     status, lines, said = screen(gpus=4)
     assert status == 1 and list(states(lines)) == ["GPUs", "precision"] and lines["precision"][0] == "unknown"
     assert lines["GPUs"][0] == "missing" and "--gpus 4" in lines["GPUs"][1]
@@ -312,14 +313,14 @@ def test_a_small_dev_shm_alone_does_not_keep_training_from_starting(machine, no_
 
 
 def test_the_free_memory_of_the_fullest_card_counts(machine, no_towers, screen, monkeypatch):
-    monkeypatch.setattr("ready.cards", lambda: [*CARDS, ("Some GPU", 10 ** 9)])
+    monkeypatch.setattr("ready.free_cards", lambda: [*CARDS, ("Some GPU", 10 ** 9)])
     assert screen(batch=9)[1]["GPU memory"] == ("too little", "20.06 GB on each of 9 by the plan, 1.00 GB free: "
                                                 "--recompute or fewer --positions need less; see --plan, with "
                                                 "--gpus for several machines")
 
 
 def test_a_driver_that_fails_is_a_line(machine, no_towers, screen, monkeypatch):
-    monkeypatch.setattr("ready.cards", lambda: torch.zeros(2).view(3))
+    monkeypatch.setattr("ready.free_cards", lambda: torch.zeros(2).view(3))
     status, lines, _ = screen()
     assert status == 1 and lines["driver of GPUs"][0] == "wrong" and lines["GPUs"][0] == "missing"
 
@@ -359,7 +360,7 @@ def test_the_command_line_ends_with_the_status(machine, monkeypatch, capsys):
 
 def test_the_tiny_size_needs_nothing_but_this_repository(tmp_path, monkeypatch, screen):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("ready.cards", lambda: [])
+    monkeypatch.setattr("ready.free_cards", lambda: [])
     status, lines, _ = screen(size="tiny")
     assert status == 0 and not states(lines) and lines["llava"][1] == "training draws data/tiny"
 
