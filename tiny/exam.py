@@ -187,7 +187,7 @@ def main():
     options = parser.parse_args()
     try:
         folder = options.model or newest(Path("out"))
-        model, config = load_short(folder, torch.device("cpu"), options.int8)
+        model, config = load_short(folder, [torch.device("cpu")], options.int8)
         answers = folder / f"eval{'-int8' * options.int8}.csv"
         marked = run_exam(model, Tokenizer(towers(config)[0], model.llama.config.vocab_size), options.data)
     except (OSError, ValueError) as error:
