@@ -52,7 +52,11 @@ def start():
         os.environ.setdefault(name, value)                      # without them DeepSpeed would look for MPI
     logger.setLevel("WARNING")
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # would be compiled at the first start on a CPU
-    deepspeed.init_distributed(verbose=False)
+    try:
+        deepspeed.init_distributed(verbose=False)
+    except RuntimeError as error:
+        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise OSError(f"the ranks cannot meet at {where}: {str(error).splitlines()[0]}") from error
     if get_accelerator().device_name() != "cpu":
         get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
         torch.backends.cuda.enable_cudnn_sdp(False)             # crashed at 7b on an H100: results/gpu.md

@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -25,6 +26,16 @@ from train import alike_on_all_ranks, blank_batch
 from visualchat import IGNORE, build, load
 from vit import VisionConfig
 from zero import share_of_peak
+
+
+def test_a_taken_port_is_answered_with_a_line(world):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        launched = dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+        done = subprocess.run([sys.executable, SCRIPT, "--out", "out/taken"], cwd=world, capture_output=True,
+                              text=True, timeout=120, env={**os.environ, "PYTHONPATH": str(ROOT), **launched})
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+    assert f"train.py: the ranks cannot meet at 127.0.0.1:{port}: " in done.stderr
 
 
 def test_ranks_with_unequal_images_and_text_only_batches_end(world, tmp_path):
