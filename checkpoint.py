@@ -36,7 +36,7 @@ from torch.serialization import get_unsafe_globals_in_checkpoint
 
 from data import Conversation
 from recipe import Options
-from visualchat import TEMPLATE, TRAINED
+from visualchat import CONFIG, TEMPLATE, TRAINED
 from weights import printable, read_json, replacing
 
 PROGRESS = "progress.json"
@@ -259,8 +259,16 @@ def latest(options: Options, say: Callable[[str], None] = print) -> dict | None:
 
 
 def has_ended(options: Options) -> bool:
-    """Whether the result's folder holds a run that came to its end."""
-    return (Path(options.out) / TRAINED).exists() and not (Path(options.out) / "checkpoints").exists()
+    """Whether the folder holds a run that came to its end; raises ValueError where --resume means another."""
+    out = Path(options.out)
+    if not (out / TRAINED).exists() or (out / "checkpoints").exists():
+        return False
+    found = read_json(out / CONFIG) if options.resume else {}
+    for name in ("size", "attention", "variant"):
+        if found.get(name, getattr(options, name)) != getattr(options, name):
+            raise ValueError(f"{out} holds the result of a run with {name} {found[name]!r}, now it is "
+                             f"{getattr(options, name)!r}: take another --out")
+    return True
 
 
 def room_needed(options: Options, values: int) -> int:

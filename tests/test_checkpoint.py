@@ -18,8 +18,8 @@ import torch
 from deepspeed.runtime.fp16.loss_scaler import LossScaler
 from safetensors import SafetensorError
 
-from checkpoint import (PROGRESS, SAME, Stop, check_harmless, digests, identity, latest, only_run, read_log,
-                        sealed, steps_in, writing)
+from checkpoint import (PROGRESS, SAME, Stop, check_harmless, digests, has_ended, identity, latest, only_run,
+                        read_log, sealed, steps_in, writing)
 from data import Conversation, Round
 from recipe import Options
 from training import ROOT, SCRIPT, at, at_once, begin, finish, processes, wait_for
@@ -104,6 +104,16 @@ def test_a_run_that_has_ended_is_not_begun_again_and_its_result_stays(world, ref
     assert "take another --out, or replace it with --overwrite" in again.communicate(timeout=120)[0]
     assert again.returncode == 1
     assert {file: file.stat().st_mtime_ns for file in (world / "out/reference").rglob("*")} == kept
+
+
+def test_another_model_s_result_is_not_taken_for_the_end_of_this_run(tmp_path):
+    (tmp_path / "trained.safetensors").touch()
+    (tmp_path / "config.json").write_text(json.dumps({"size": "tiny", "attention": "mmca", "variant": ""}))
+    options = Options(size="tiny", attention="mmca", out=str(tmp_path), resume=True)
+    assert has_ended(options) and has_ended(replace(options, attention="causal", resume=False))
+    for other in (dict(attention="causal"), dict(size="7b"), dict(variant="wide")):
+        with pytest.raises(ValueError, match=f"a run with {[*other][0]} .*: take another --out"):
+            has_ended(replace(options, **other))
 
 
 def test_a_stopped_run_is_no_success_and_one_without_a_checkpoint_begins_anew(world, reference):
