@@ -24,9 +24,11 @@ from torch import Tensor
 from data import Encoded
 from mmca import IMAGE, TEXT, Layout, masked_softmax
 from pixels import load_pixels, read_image
-from visualchat import IGNORE, VisualChat
-from vit import HEAD_DIM, PoolAttention
-from weights import replacing
+from visualchat import CONFIG, IGNORE, VisualChat, encoder_in
+from vit import HEAD_DIM, PoolAttention, VisionTransformer
+from weights import read_json, replacing
+
+LOOKING = ("mmca", "written")    # forms of attention that have a softmax over image tokens
 
 
 # ---- what is looked at ----
@@ -38,6 +40,16 @@ class Looks:
     # the first image
     tokens: Tensor
     patches: Tensor                 # (I, n, P) what each image token took from each patch; over P the sum is 1
+
+
+def can_show(folder: Path) -> bool:
+    """Whether `looks_of` could show a training result; True where that cannot be read, which `load` then says."""
+    try:
+        found = read_json(folder / CONFIG)
+        encoder = encoder_in(Path(found["vit"])) if found.get("vit") else VisionTransformer
+    except (OSError, ValueError, TypeError):
+        return True
+    return found.get("attention") in LOOKING and encoder is VisionTransformer
 
 
 def patches_of(model: VisualChat, pixels: Tensor) -> tuple[Tensor, Tensor]:
@@ -63,7 +75,7 @@ def looks_of(model: VisualChat, encoded: Encoded) -> Looks:
 
     Raises ValueError where there is no image, no MMCA or no resampler, and as `read_image` does.
     """
-    has_looks = model.llama.attention in ("mmca", "written") and hasattr(model.vit, "attn_pool")
+    has_looks = model.llama.attention in LOOKING and hasattr(model.vit, "attn_pool")
     if not encoded.images or not has_looks:
         raise ValueError("there is nothing to show: where a model looked is seen with an image, and with a model "
                          "that was trained with mmca and QWen-VL's encoder")

@@ -116,7 +116,8 @@ def share_of_rate(step: int, steps: int) -> float:
 
 def command_line(description: str) -> Options:
     """Options from the command line; a bad one ends the program with a line."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     for f in fields(Options):
         # Both spellings, because the launcher writes --local_rank.
         flags = dict.fromkeys((f"--{f.name.replace('_', '-')}", f"--{f.name}"))

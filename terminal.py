@@ -22,7 +22,7 @@ from album import digest_of
 from data import ImageFile
 from mmca import ATTENTION
 from names import absent, as_path, named, parse, words_in
-from page import write_page
+from page import can_show, write_page
 from pixels import can_be_read, read_image
 from saved import load_conversation, save_conversation
 from visualchat import TRAINED, Sampling
@@ -310,6 +310,9 @@ def what_is_wrong(options: argparse.Namespace) -> str:
     for file in filter(None, (options.page, options.heatmap)):
         if not file.absolute().parent.is_dir():
             return f"{file}: there is no folder {file.parent}"
+        if options.model and not can_show(options.model):
+            return (f"{file}: where a model looked is seen with mmca and QWen-VL's encoder; {options.model} has "
+                    "something else")
     if options.max_new_tokens < 1:
         return f"--max-new-tokens {options.max_new_tokens}: expected 1 or more"
     compiler = os.environ.get("CXX") or "g++"                   # torch.compile looks for it in this way
@@ -320,7 +323,8 @@ def what_is_wrong(options: argparse.Namespace) -> str:
 
 def read_options(description: str) -> argparse.Namespace:
     """The options; a bad one ends the program with a line before anything is loaded."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("images", nargs="*", help="images to talk about from the first question on")
     add("--question", action="append", help="answer this and end; may be given several times")

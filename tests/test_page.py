@@ -1,10 +1,12 @@
 """Claims about page.py: looks are those of the formula, and the page shows them in a real browser."""
 import base64
+import contextlib
 import json
 import os
 import re
 import shutil
 import subprocess
+import sys
 from io import BytesIO
 from itertools import count
 from pathlib import Path
@@ -19,7 +21,9 @@ from data import Encoded
 from mmca import TEXT, matrix, masked_softmax
 from page import draw_heatmap, image_url, looks_of, patches_of, word_looks, words_of, write_page
 from pixels import load_pixels, normalized
+from terminal import read_options
 from training import ROOT
+from visualchat import ENCODERS
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
@@ -132,6 +136,22 @@ def test_texts_and_names_are_escaped_and_nothing_comes_from_elsewhere(chat, imag
     found = torch.tensor(data["shares"]).view(layers, words, images)
     torch.testing.assert_close(found[1:], expected, atol=1e-4, rtol=0)
     torch.testing.assert_close(found[0], expected.mean(0), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("attention, vit, words, said", [
+    ("mmca", "", "--page x.html", ""), ("written", "", "--heatmap x.png", ""), ("causal", "", "--quiet", ""),
+    ("causal", "", "--page x.html", "where a model looked is seen with mmca"),
+    ("mmca", "other", "--heatmap x.png", "and QWen-VL's encoder"), ("mmca", "", "--pag x.html", "unrecognized")])
+def test_a_result_whose_looks_cannot_be_shown_is_refused_before_anything_is_answered(
+        tmp_path, monkeypatch, capsys, attention, vit, words, said):
+    monkeypatch.setitem(ENCODERS, "other", object)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/config.json").write_text('{"other": {}}')
+    (tmp_path / "config.json").write_text(json.dumps({"attention": attention, "vit": vit and str(tmp_path / vit)}))
+    monkeypatch.setattr(sys, "argv", ["chat.py", "--model", str(tmp_path), *words.split()])
+    with pytest.raises(SystemExit) if said else contextlib.nullcontext():
+        read_options("")
+    assert said in capsys.readouterr().err
 
 
 # ---- the page in a browser ----

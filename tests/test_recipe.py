@@ -24,6 +24,12 @@ def test_a_number_that_is_too_small_is_refused_at_once(monkeypatch, capsys, give
     assert f"{name} {number}" in (said := capsys.readouterr().err) and f"expected {least} or more" in said
 
 
+def test_options_have_no_short_forms(monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        given(monkeypatch, "--att causal")
+    assert "unrecognized arguments: --att causal" in capsys.readouterr().err
+
+
 def test_the_schedule_rises_for_a_tenth_and_falls_to_zero():
     shares = [share_of_rate(step, 200) for step in range(201)]
     assert shares[0] == 1 / 20 and shares[19] == shares[20] == 1 and shares[200] == pytest.approx(0)
