@@ -34,12 +34,34 @@ def attend_padded(q: Tensor, kv: Tensor, counts: Tensor) -> Tensor:
     return out.where((counts > 0)[:, None, None], 0)
 
 
+def is_usual(llama: Llama) -> bool:
+    """Whether a token passes through LLaMA's layers and nothing else, as the steps below have it."""
+    return type(llama).through_layers is Llama.through_layers
+
+
+def plain_step_of_many(llama: Llama, ended: Tensor) -> Callable[[Tensor, Cache], Tensor]:
+    """`step_of_many` for any Llama, through its own `through_layers`."""
+    @torch.no_grad()
+    def step(token: Tensor, cache: Cache) -> Tensor:
+        """`Llama.next_logits` for those that have not ended."""
+        going = (~ended).to(token.device)
+        x = llama.embed_tokens(token[going])[None]                              # (1, b, C), b conversations go on
+        kind = torch.full((1, x.shape[1]), TEXT, device=token.device)
+        some = llama.lm_head(llama(x, kind, lengths=(~ended).int().tolist(), cache=cache))
+        return some.new_zeros(len(token), some.shape[1]).index_copy(0, going.nonzero()[:, 0], some)
+
+    return step
+
+
 def step_of_many(llama: Llama, ended: Tensor) -> Callable[[Tensor, Cache], Tensor]:
     """`Llama.next_logits` for many conversations; raises as it does.
 
     ended (B) bool on the CPU, which the caller may change between steps: those conversations cost nothing, their
     cache stays as it is, and their logits are zeros.
     """
+    if not is_usual(llama):
+        return plain_step_of_many(llama, ended)
+
     @torch.no_grad()
     def step(token: Tensor, cache: Cache) -> Tensor:
         """`Llama.next_logits` for those that have not ended."""
@@ -126,7 +148,10 @@ def compile_step(llama: Llama) -> Callable[[Tensor, Cache], Tensor]:
 
     The compiler runs at the first token without an image before it and at the first one with some. It needs a C++
     compiler on a CPU. Of float32 weights a second, short copy is kept, so they take half as much memory again.
+    Raises ValueError for a Llama with other things between its layers.
     """
+    if not is_usual(llama):
+        raise ValueError("--compile knows LLaMA's own layers alone, and here are more: leave it out")
     short = with_short_weights(llama)
     compiled = torch.compile(one_token, isolate_recompiles=True, options={
         "cpp_wrapper": llama.norm.weight.device.type == "cpu",      # C++ between the operations, not Python

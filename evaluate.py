@@ -18,7 +18,6 @@ import sys
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import partial
 from itertools import groupby
 from pathlib import Path
 
@@ -76,8 +75,7 @@ def hold_conversations(model: VisualChat, tokenizer: Tokenizer, conversations: l
         check_logits(logits)
         tokens, before = [], cache.past
         ended.zero_()
-        step = getattr(model.llama, "step_of_many", partial(step_of_many, model.llama))(ended)    # a variant's own
-        for token in model.generate(logits, cache, max_new_tokens, step=step):
+        for token in model.generate(logits, cache, max_new_tokens, step=step_of_many(model.llama, ended)):
             tokens.append(token.cpu())
             ended |= tokens[-1] == eos
             if ended.all():

@@ -6,10 +6,10 @@
     x = x + tanh(gate_1) · attention(q from norm(x), k and v from norm(image tokens)) W_o
     x = x + tanh(gate_2) · MLP(norm(x))
 
-It is the paper's other baseline (section 4.1, the middle of Figure 4), after Flamingo (arXiv 2204.14198) and Otter
-(arXiv 2305.03726). Both gates start at 0, where the model is LLaMA on the text alone. A text token sees all images
-before it (in Flamingo the last one). Positions count text alone, and image tokens have none: which image is which,
-the text between them must tell, as it sees the earlier ones only. Before: mmca.py, llama.py.
+It is the paper's other baseline (section 4.1), after Flamingo (arXiv 2204.14198) and Otter (arXiv 2305.03726).
+Both gates start at 0: then the model is LLaMA on the text alone. A text token sees all images before it (in
+Flamingo the last one). Positions count text alone, so the text between images must tell which is which, as it sees
+the earlier ones only. Before: mmca.py, llama.py.
 """
 import copy
 from collections.abc import Callable
@@ -19,7 +19,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from decode import compile_step
 from experiments.outside import Experiment
 from llama import MLP, Attention, Cache, Llama, LlamaConfig, Pass, RMSNorm, rope_table
 from mmca import TEXT, Layout, Segment, attend, by_conversation, compact_attention
@@ -30,7 +29,7 @@ from weights import without_values
 # ---- a block ----
 
 def places(n_layers: int) -> range:
-    """The numbers of the layers with a block before them: every fourth, in the tiny LLaMA of 6 every second."""
+    """The layers with a block before them: at 7b the 4th, 8th, …, 32nd, of the tiny six the 2nd, 4th, 6th."""
     every = 4 if n_layers >= 12 else 2
     return range(every - 1, n_layers, every)
 
@@ -75,10 +74,8 @@ class CrossBlock(nn.Module):
     def reset_parameters(self):
         """First values: gates 0, norms 1, matrices such that their outputs are as large as their inputs."""
         for name, parameter in self.named_parameters():
-            if name.endswith("gate"):
-                nn.init.zeros_(parameter)
-            elif parameter.ndim == 1:
-                nn.init.ones_(parameter)
+            if parameter.ndim == 1:
+                nn.init.constant_(parameter, 0 if name.endswith("gate") else 1)
             else:
                 nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
 
@@ -93,9 +90,11 @@ class CrossBlock(nn.Module):
 
 def text_alone(layout: Layout) -> Layout:
     """The layout of the text, as if there were no images: positions count text alone."""
-    segments = [Segment(n, 0, [(n, 0)], (TEXT,) * segment.kind.count(TEXT))
-                for segment in layout.segments for n in [segment.n_text]]
-    position = [i for segment in segments for i in range(len(segment.kind) - segment.n_text, len(segment.kind))]
+    segments, position = [], []
+    for segment in layout.segments:
+        n_new, n_all = segment.n_text, segment.kind.count(TEXT)
+        segments.append(Segment(n_new, 0, [(n_new, 0)], (TEXT,) * n_all))
+        position += range(n_all - n_new, n_all)
     return Layout(layout.index[:layout.n_text],
                   torch.tensor(position, device=layout.index.device, dtype=torch.long), segments)
 
@@ -140,19 +139,6 @@ class CrossLlama(Llama):
             cache.past = [segment.kind for segment in layout.segments]
         return self.norm(x)
 
-    def step_of_many(self, ended: Tensor) -> Callable[[Tensor, Cache], Tensor]:
-        """As `step_of_many` in decode.py: those that have ended (B) bool get no token, and zeros as logits."""
-        @torch.no_grad()
-        def step(token: Tensor, cache: Cache) -> Tensor:
-            """`Llama.next_logits` for those that have not ended."""
-            going = (~ended).to(token.device)
-            x = self.embed_tokens(token[going])[None]                           # (1, b, C), b conversations go on
-            kind = torch.full((1, x.shape[1]), TEXT, device=token.device)
-            some = self.lm_head(self(x, kind, lengths=(~ended).int().tolist(), cache=cache))
-            return some.new_zeros(len(token), some.shape[1]).index_copy(0, going.nonzero()[:, 0], some)
-
-        return step
-
 
 def change(model: VisualChat):
     """Put blocks into the model's LLaMA, which is none other than before until their gates open."""
@@ -162,16 +148,10 @@ def change(model: VisualChat):
     llama.__class__ = CrossLlama
     llama.cross = blocks.to(like.dtype).to_empty(device=like.device)
     model.fresh += llama.cross
-    if not like.is_meta:
-        for block in llama.cross:
-            block.reset_parameters()
-
-
-def refuse_to_compile(llama: Llama) -> Callable:
-    """In place of `compile_step`, whose compiled pass goes through LLaMA's layers alone."""
-    raise ValueError("--compile knows no blocks of cross attention: leave it out")
+    for block in llama.cross:
+        block.reset_parameters()
 
 
 EXPERIMENTS = {"cross": Experiment(
     "causal attention for text, cross attention to images in gated blocks (CA+CrA)", "4.1", Variant(change),
-    ((compile_step, refuse_to_compile),), attention="cross")}
+    attention="cross")}

@@ -12,10 +12,11 @@ import mmca
 from chat import Chat
 from conftest import VIT
 from data import Round, collate
+from decode import step_of_many
 from evaluate import hold_conversations
 from experiments.cross import EXPERIMENTS, CrossLlama, change, places
-from experiments.run import added
 from experiments.outside import apply, swap
+from experiments.run import added
 from llama import Cache, Llama, LlamaConfig
 from loader import blank_batch
 from mmca import IMAGE, TEXT
@@ -167,7 +168,7 @@ def test_steps_equal_the_full_pass_and_those_that_ended_get_zeros_and_keep_their
     for cache in caches:
         text_logits(llama, embedded, kind, lengths=lengths, cache=cache)
     ended = torch.zeros(3, dtype=torch.bool)
-    step = llama.step_of_many(ended)
+    step = step_of_many(llama, ended)
     for n, token in enumerate(ids, 1):
         ended[1] = n == 2                                       # the second one pauses at the second token
         alike, expected = step(token, caches[0]), []
@@ -230,7 +231,7 @@ def test_a_result_is_saved_and_loaded(config, registered, rows, tmp_path):
     batch = collate(rows)
     assert torch.equal(again(**batch)[0], model(**batch)[0])
     assert Chat.open(tmp_path).ask("What is it?") is not None
-    for options, refused in ((dict(compiled=True), "--compile knows no blocks"),
+    for options, refused in ((dict(compiled=True), "--compile knows LLaMA's own layers alone"),
                              (dict(keep=tmp_path), "--keep needs MMCA"),
                              (dict(attention="mmca"), "trained with cross attention")):
         with pytest.raises(ValueError, match=refused):
