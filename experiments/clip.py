@@ -68,41 +68,24 @@ class ClipEmbeddings(nn.Module):
         return x + self.position_embedding(torch.arange(x.shape[1], device=x.device))       # (I, 1 + P, C)
 
 
-class ClipAttention(nn.Module):
-    """The class token and every patch attend to all of them."""
-
-    def __init__(self, config: ClipConfig):
-        super().__init__()
-        self.heads, width = config.num_attention_heads, config.hidden_size
-        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(width, width) for _ in range(4))
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (projection(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)    # (I, H, 1 + P, D)
-                   for projection in (self.q_proj, self.k_proj, self.v_proj))
-        return self.out_proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
-
-
-class ClipMLP(nn.Module):
-    def __init__(self, width: int, inner: int):
-        super().__init__()
-        self.fc1, self.fc2 = nn.Linear(width, inner), nn.Linear(inner, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.fc1(x)
-        return self.fc2(x * torch.sigmoid(1.702 * x))                       # "quick" GELU
-
-
 class ClipLayer(nn.Module):
+    """The class token and every patch attend to all of them, then each passes through an MLP."""
+
     def __init__(self, config: ClipConfig):
         super().__init__()
-        self.layer_norm1 = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
-        self.self_attn = ClipAttention(config)
-        self.layer_norm2 = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
-        self.mlp = ClipMLP(config.hidden_size, config.intermediate_size)
+        self.heads, width, inner = config.num_attention_heads, config.hidden_size, config.intermediate_size
+        self.layer_norm1 = nn.LayerNorm(width, config.layer_norm_eps)
+        self.self_attn = nn.ModuleDict({f"{x}_proj": nn.Linear(width, width) for x in ("q", "k", "v", "out")})
+        self.layer_norm2 = nn.LayerNorm(width, config.layer_norm_eps)
+        self.mlp = nn.ModuleDict({"fc1": nn.Linear(width, inner), "fc2": nn.Linear(inner, width)})
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.self_attn(self.layer_norm1(x))
-        return x + self.mlp(self.layer_norm2(x))
+        y = self.layer_norm1(x)
+        q, k, v = (self.self_attn[f"{name}_proj"](y).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+                   for name in "qkv")                                       # (I, H, 1 + P, D)
+        x = x + self.self_attn["out_proj"](F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        y = self.mlp["fc1"](self.layer_norm2(x))
+        return x + self.mlp["fc2"](y * torch.sigmoid(1.702 * y))            # "quick" GELU
 
 
 # ---- the whole ----
@@ -157,6 +140,7 @@ class ClipVision(nn.Module):
 
 
 ENCODERS[ENTRY] = ClipVision
+# The variant changes nothing, since build looks into the folder, but it marks the results.
 EXPERIMENTS = {"clip": Experiment("CLIP's visual encoder in place of QWen-VL's; by itself the tiny one", "4.3",
                                   Variant(), options=("--vit", str(ROOT / "weights/tiny/clip")))}
 
