@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from experiments.outside import Experiment
 from visualchat import Variant, VisualChat
 
-ALPHA = 16
+ALPHA = 16              # chosen here, as the rank and TARGETS: the paper names none of them
 TARGETS = {"llama": ("q_proj", "v_proj"), "vit": ("in_proj", "c_fc")}       # in_proj makes q, k and v
 
 
@@ -28,8 +28,7 @@ class Pair(nn.Module):
         self.scale = ALPHA / rank
         self.a = nn.Parameter(weight.new_empty(rank, weight.shape[1]))
         self.b = nn.Parameter(weight.new_empty(weight.shape[0], rank))
-        if not weight.is_meta:
-            self.reset_parameters()
+        self.reset_parameters()
 
     def reset_parameters(self):
         """First values: a gives numbers as large as its input's, b makes the product zero."""
@@ -75,25 +74,18 @@ def merge(model: VisualChat):
         del model.vit.hook
 
 
-def lora(rank: int = 8, targets: tuple[str, ...] = (), tower: str = "llama") -> Experiment:
-    """LoRA on these layers of llama or vit, by default those in TARGETS; raises ValueError for a rank of 0."""
-    if rank < 1:
-        raise ValueError(f"LoRA of rank {rank}: expected 1 or more")
-    targets = targets or TARGETS[tower]
-    change = partial(add_pairs, rank=rank, targets=targets, tower=tower)
-    return Experiment(f"LoRA of rank {rank} on {', '.join(targets)} of {tower}", "4.3", Variant(change, merge),
+def lora(tower: str, text: str = "8") -> Experiment:
+    """LoRA on a tower; text: its rank, or a rank and layers, as in 16:q_proj; raises ValueError for other texts."""
+    rank, colon, names = text.partition(":")
+    targets = tuple(names.split(",")) if colon else TARGETS[tower]
+    if not rank.isdecimal() or int(rank) < 1 or len({*targets}) < len(targets):
+        raise ValueError(f"LoRA from {text!r:.80}: expected a rank of 1 or more and names of layers, once each, "
+                         f"such as 16:{','.join(TARGETS[tower])}")
+    change = partial(add_pairs, rank=int(rank), targets=targets, tower=tower)
+    return Experiment(f"LoRA of rank {int(rank)} on {', '.join(targets)} of {tower}", "4.3", Variant(change, merge),
                       # Kept features would be those of the ViT without LoRA.
                       options=("--cache-features", "") if tower == "vit" else ())
 
 
-def from_text(text: str, tower: str) -> Experiment:
-    """From 16:q_proj,k_proj, or 16 alone; raises ValueError as `lora` does, and where the rank is no number."""
-    rank, colon, targets = text.partition(":")
-    if not rank.isdecimal():
-        raise ValueError(f"LoRA from {text!r:.80}: expected a rank and names of layers, such as "
-                         f"16:{','.join(TARGETS[tower])}")
-    return lora(int(rank), tuple(targets.split(",")) if colon else (), tower)
-
-
-EXPERIMENTS = {"lora": lora(), "lora_vit": lora(tower="vit")}
-FACTORIES = {name: partial(from_text, tower=tower) for name, tower in (("lora", "llama"), ("lora_vit", "vit"))}
+FACTORIES = {"lora": partial(lora, "llama"), "lora_vit": partial(lora, "vit")}
+EXPERIMENTS = {name: factory() for name, factory in FACTORIES.items()}

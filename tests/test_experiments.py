@@ -7,16 +7,19 @@ import pytest
 import torch
 from PIL import Image
 
+import album
+import chat
 import data
 import mmca
 import pixels
 import sources
 import visualchat
+from album import digest_of
 from chat import Chat
 from data import SYSTEM, Round, collate, encode, to_tensors
 from experiments import lessons
 from experiments.outside import apply, swap
-from experiments.run import EXPERIMENTS, find, list_text, write_row
+from experiments.run import EXPERIMENTS, find, list_text
 from mmca import IMAGE, TEXT
 from recipe import Options, for_size
 from sources import Reader
@@ -69,7 +72,6 @@ def test_what_is_swapped_is_swapped_everywhere_and_back():
     def new():
         """In place of encode_round."""
 
-    import chat
     import evaluate
     old = data.encode_round
     swap(old, new)
@@ -84,20 +86,15 @@ def test_the_list_says_what_each_experiment_is_and_what_it_adds():
     added = {line.split()[0]: line.split("  ")[1:] for line in lines}
     block = 4096 * 3 * 4096 + 3 * 4096 + 4096 ** 2 + 4096 + 2 * 4 * 4096 ** 2 + 5 * 4096 + 4 * 4096
     assert visualchat.readable(block) in " ".join(added["projection_block"])
-    assert visualchat.readable(2 * 3 * 4096) in " ".join(added["special_tokens"])  # half of it in the head
+    assert visualchat.readable(3 * 4096) in " ".join(added["special_tokens"])       # the head's rows do not train
+    assert lines[list(EXPERIMENTS).index("clip")].split()[2] == "-"     # depends on a folder
+    tiny = {line.split()[0]: line.split()[2] for line in list_text("tiny").splitlines()[1:]}
+    assert (tiny["mmca"], tiny["clip"], tiny["special_tokens"]) == ("0", "-", str(3 * 128))
 
 
 def test_an_unknown_experiment_is_refused_by_name():
     with pytest.raises(ValueError, match="no experiment 'loar'"):
         find("loar")
-
-
-def test_each_run_adds_a_row_under_one_head(tmp_path, monkeypatch):
-    monkeypatch.setattr("experiments.run.OUT", tmp_path)
-    for seed, right in ((0, 50.0), (1, None)):
-        write_row("lora", seed, ["--lr", "1e-4"], {"seen pairs, one image": dict(right=right)})
-    assert (tmp_path / "experiments.csv").read_text().split("\n") == [
-        'name,seed,options,"seen pairs, one image"', "lora,0,--lr 1e-4,50.0", "lora,1,--lr 1e-4,", ""]
 
 
 # ---- lessons.py ----
@@ -215,6 +212,22 @@ def test_images_stand_in_reverse_order(config, tokenizer, image_files):
     assert torch.equal(found, plain.flip(0)) and not torch.equal(found, plain)
 
 
+def test_chat_too_reads_a_round_s_images_in_reverse_order(model, tokenizer, image_files, monkeypatch):
+    def answers(*rounds):
+        one = Chat(model, tokenizer, chat.Album(model))
+        one.max_new_tokens = 12
+        for files in rounds:
+            one.ask("What is it?", *files)
+        return [round_.ids for round_ in one.rounds], one.digests
+
+    a, b, c, d = image_files
+    expected, other = answers((b, a), (), (d, c), (a,))[0], answers((a, b), (), (c, d), (a,))[0]
+    for constant, value in EXPERIMENTS["released_order"].values.items():
+        monkeypatch.setattr(constant, value)
+    found, digests = answers((a, b), (), (c, d), (a,))
+    assert found == expected != other and digests[0] == digest_of(a)
+
+
 KIND = torch.tensor([[TEXT, TEXT, IMAGE, IMAGE, TEXT, IMAGE, TEXT]])
 
 
@@ -272,3 +285,10 @@ def test_only_the_middle_of_an_image_is_seen():
         found = pixels.to_pixels(image, 8)
     assert (found[0] == 0).all() and (found[2] == 255).all()
     assert (pixels.to_pixels(image, 8)[0] == 255).any()
+
+
+def test_features_of_cropped_images_are_kept_apart(model, tmp_path):
+    plain = album.KeptFeatures(tmp_path, model.vit).folder
+    with applied("released_crop"):
+        assert album.KeptFeatures(tmp_path, model.vit).folder != plain
+    assert album.KeptFeatures(tmp_path, model.vit).folder == plain

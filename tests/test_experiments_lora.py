@@ -11,8 +11,9 @@ from torch import nn
 
 from chat import Chat
 from data import collate
-from experiments.lora import EXPERIMENTS, FACTORIES, LoraLinear, Pair, lora, merge
+from experiments.lora import EXPERIMENTS, FACTORIES, LoraLinear, Pair, merge
 from experiments.outside import apply
+from experiments.run import find
 from llama import Llama
 from training import at_once, launch
 from visualchat import CONFIG, TRAINED, VARIANTS, build, load, save, towers
@@ -195,26 +196,24 @@ def test_rank_and_layers_can_be_typed(config, name, text, rank, layers):
     assert f"rank {rank} " in typed.says and all(layer in typed.says for layer in layers)
 
 
-@pytest.mark.parametrize("text, said", [
-    ("0", "LoRA of rank 0: expected 1 or more"),
-    ("q_proj", "'q_proj': expected a rank and names of layers, such as 16:q_proj,v_proj"),
-    ("", "'': expected a rank"), ("-1:q_proj", "'-1:q_proj': expected a rank"), ("2.5", "'2.5': expected a rank")])
-def test_a_rank_that_cannot_be_is_refused(text, said):
-    with pytest.raises(ValueError, match=said):
+@pytest.mark.parametrize("text", ["0", "q_proj", "", "-1:q_proj", "2.5", "16:q_proj,q_proj"])
+def test_what_is_no_rank_or_names_a_layer_twice_is_refused(text):
+    with pytest.raises(ValueError, match=f"LoRA from {text!r}: expected a rank of 1 or more"):
         FACTORIES["lora"](text)
-    with pytest.raises(ValueError, match="rank -1: expected 1 or more"):
-        lora(-1)
 
 
-@pytest.mark.parametrize("tower, targets, absent", [
-    ("llama", ("q_proj", "c_fc"), "'c_fc'"), ("llama", ("lm_head",), "'lm_head'"), ("llama", ("",), "''"),
-    ("llama", ("a", "b"), "'a', 'b'"), ("vit", ("q_proj",), "'q_proj'"), ("vit", ("conv1",), "'conv1'")])
-def test_a_layer_that_is_not_there_is_answered_with_those_that_are(config, tower, targets, absent):
-    there = {"llama": "down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj",
-             "vit": "c_fc, c_proj, in_proj, kv_proj, out_proj"}[tower]
-    apply("wrong", lora(8, targets, tower))
-    with pytest.raises(ValueError, match=f"no linear layer of {tower} is called {absent}; there are {there}$"):
+@pytest.mark.parametrize("name, targets, absent", [
+    ("lora", "q_proj,c_fc", "'c_fc'"), ("lora", "lm_head", "'lm_head'"), ("lora", "", "''"),
+    ("lora", "a,b", "'a', 'b'"), ("lora_vit", "q_proj", "'q_proj'"), ("lora_vit", "conv1", "'conv1'")])
+def test_a_layer_that_is_not_there_is_answered_with_those_that_are(config, name, targets, absent):
+    tower, there = {"lora": ("llama", "down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj"),
+                    "lora_vit": ("vit", "c_fc, c_proj, in_proj, kv_proj, out_proj")}[name]
+    said = f"no linear layer of {tower} is called {absent}; there are {there}$"
+    apply("wrong", FACTORIES[name](f"8:{targets}"))
+    with pytest.raises(ValueError, match=said):
         built(config, "wrong")
+    with pytest.raises(ValueError, match=said):                 # before anything is started
+        find(f"{name}:8:{targets}")
 
 
 # ---- the whole ----

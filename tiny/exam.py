@@ -16,6 +16,7 @@ from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import mean
 
 import torch
 from torch import Tensor
@@ -161,6 +162,31 @@ def table_text(lines: dict[str, dict]) -> str:
         f"{name:<33}{line['questions']:>9} {share_text(line['right']):>7} {share_text(line['error']):>5}   "
         f"{share_text(line['weakest']):>5} {line['topic']:<9} {share_text(line['blind']):>12}"
         for name, line in lines.items())
+
+
+COLUMNS = {"right": "", "weakest": ", weakest topic", "blind": ", gray images"}     # of `table`, to be compared
+
+
+def comparison_text(exams: dict[str, list[dict[str, dict]]]) -> str:
+    """Tables of runs under the names of what was run, as one in Markdown: mean (least to greatest), in percent."""
+    heads = [f"{name}{title}" for name in exams for title in COLUMNS.values()]
+    lines = ["| | questions | " + " | ".join(heads) + " |", "|---" * (2 + len(heads)) + "|"]
+    for group, line in next(iter(exams.values()))[0].items():
+        values = [[found[group][column] for found in runs] for runs in exams.values() for column in COLUMNS]
+        cells = ["-" if None in v else f"{mean(v):.1f} ({min(v):.1f} to {max(v):.1f})" for v in values]
+        lines.append(f"| {group} | {line['questions']} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def write_row(path: Path, run: dict, lines: dict[str, dict]):
+    """Write a run's names and percentages into a table of runs, in place of its older row, and print them."""
+    row = {name: str(value) for name, value in run.items()} | {
+        group: "" if line["right"] is None else f"{line['right']:.1f}" for group, line in lines.items()}
+    old = path.read_text().splitlines() if path.exists() else []
+    rows = {tuple(cells[:len(run)]): cells for cells in (*csv.reader(old), [*row], [*row.values()])}
+    with replacing(path) as unfinished, open(unfinished, "w", newline="") as file:
+        csv.writer(file).writerows(rows.values())
+    print("\n".join(f"{name}: {value}" for name, value in row.items()))
 
 
 def write_marked(marked: list[Marked], path: Path):
