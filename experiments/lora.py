@@ -75,14 +75,14 @@ def merge(model: VisualChat):
 
 
 def lora(tower: str, text: str = "8") -> Experiment:
-    """LoRA on a tower; text: its rank, or a rank and layers, as in 16:q_proj; raises ValueError for other texts."""
+    """LoRA on a tower; text: its rank, or rank and layers, as in 16:q_proj; raises ValueError for other texts."""
     rank, colon, names = text.partition(":")
     targets = tuple(names.split(",")) if colon else TARGETS[tower]
     if not rank.isdecimal() or int(rank) < 1 or len({*targets}) < len(targets):
         raise ValueError(f"LoRA from {text!r:.80}: expected a rank of 1 or more and names of layers, once each, "
                          f"such as 16:{','.join(TARGETS[tower])}")
     change = partial(add_pairs, rank=int(rank), targets=targets, tower=tower)
-    return Experiment(f"LoRA of rank {int(rank)} on {', '.join(targets)} of {tower}", "4.3", Variant(change, merge),
+    return Experiment(f"LoRA of rank {rank} on {', '.join(targets)} of {tower}", "4.3", Variant(change, merge),
                       # Kept features would be those of the ViT without LoRA.
                       options=("--cache-features", "") if tower == "vit" else ())
 

@@ -127,7 +127,7 @@ def test_a_run_that_is_stopped_writes_its_checkpoint_first(world, seed, stop):
          "--lr", "1e-4"], cwd=world, env={**os.environ, "PYTHONPATH": str(ROOT)}, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
     wait_for(command, (world / out / "checkpoints").exists)
-    time.sleep(0.3)                                             # The first of 9 steps, of which none is saved, runs.
+    time.sleep(0.3)                                             # One of 9 steps runs; none would be saved yet.
     stop(command)
     printed = command.communicate(timeout=120)[0]
     assert command.returncode == 130 and "Traceback" not in printed, printed
@@ -145,7 +145,8 @@ def test_a_run_that_is_stopped_writes_its_checkpoint_first(world, seed, stop):
     (["released_rows", "chat", "--attention", "mmca"], "released_rows sets --attention itself"),
     (["clip", "train", "--size=7b"], "clip knows the tiny encoder alone"), (["loar"], "no experiment 'loar'"),
     (["--compare", "mmca", "loar"], "no experiment 'loar'"),
-    (["lora", "--out", "x"], "`train` alone takes --out"), (["lora", "--size", "7b"], "`train` alone takes --size"),
+    (["lora", "--out", "x"], "`train` alone takes --out"),
+    (["lora", "--size", "7b"], "`train` alone takes --size"),
     (["mmca", "--plan"], "`train` alone takes --plan"),
     (["cross", "train", "--plan", "--size", "7b"], "--plan knows the paper's model, not that of cross"),
     (["lora", "train", "--check-weights"], "--check-weights knows the paper's model, not that of lora"),
@@ -162,7 +163,8 @@ def test_what_cannot_be_meant_is_refused_before_anything_runs(given, message, mo
 
 @pytest.mark.parametrize("given, message", [
     (["lora", "--bogus", "3"], "unrecognized arguments: --bogus 3"), (["lora", "trian"], "arguments: trian"),
-    (["lora", "--seed", "-1"], "--seed -1: expected 0 or more"), (["mmca", "--epoch", "1"], "arguments: --epoch 1")])
+    (["lora", "--seed", "-1"], "--seed -1: expected 0 or more"),
+    (["mmca", "--epoch", "1"], "unrecognized arguments: --epoch 1")])
 def test_what_train_lacks_is_refused_as_there(given, message, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         called(monkeypatch, *given)
