@@ -44,11 +44,10 @@ def plain_step_of_many(llama: Llama, ended: Tensor) -> Callable[[Tensor, Cache],
     @torch.no_grad()
     def step(token: Tensor, cache: Cache) -> Tensor:
         """`Llama.next_logits` for those that have not ended."""
-        going = (~ended).to(token.device)
-        x = llama.embed_tokens(token[going])[None]                              # (1, b, C), b conversations go on
-        kind = torch.full((1, x.shape[1]), TEXT, device=token.device)
+        rows = (~ended).nonzero()[:, 0].to(token.device)
+        x, kind = llama.embed_tokens(token[rows])[None], torch.full((1, len(rows)), TEXT)   # (1, b, C), b at most B
         some = llama.lm_head(llama(x, kind, lengths=(~ended).int().tolist(), cache=cache))
-        return some.new_zeros(len(token), some.shape[1]).index_copy(0, going.nonzero()[:, 0], some)
+        return some.new_zeros(len(token), some.shape[1]).index_copy(0, rows, some)
 
     return step
 

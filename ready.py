@@ -37,7 +37,7 @@ STARTS = ("ok", "slow", "unknown")
 
 # ---- weights and data ----
 
-def folder_of(given: str, repository: str) -> Path:
+def weights_folder(given: str, repository: str) -> Path:
     """The folder that training would read, or else one whose download began; raises FileNotFoundError for none."""
     try:
         return Path(given or find_weights(repository))
@@ -64,7 +64,7 @@ def with_command(error: Exception, command: str) -> Exception:
 
 def check_tower(given: str, repository: str, prefix: str, read: Callable, published) -> Finding:
     """A folder of weights; `read` makes a model without values of it, and `published` is what it should be."""
-    folder, bad = folder_of(given, repository), []
+    folder, bad = weights_folder(given, repository), []
     into = None if "snapshots" in folder.parts else folder      # None: the cache, where it was found
     try:
         needed = needed_files(folder, prefix) or []
@@ -86,7 +86,7 @@ def check_tower(given: str, repository: str, prefix: str, read: Callable, publis
 def check_tokenizer(options: Options) -> Finding:
     """The tokenizer in LLaMA's folder."""
     repository, name = REPOSITORIES[options.size][0], "tokenizer.model"
-    folder = folder_of(options.llama, repository)
+    folder = weights_folder(options.llama, repository)
     try:
         check_readable(folder / name)
         pieces = Tokenizer(folder, published_sizes(options.size)[0].vocab_size).model.vocab_size()

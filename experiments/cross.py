@@ -113,7 +113,7 @@ class CrossLlama(Llama):
             raise ValueError(f"cross attention in blocks of its own needs --attention cross, not {self.attention}")
         alone, blocks = text_alone(layout), dict(zip(places(len(self.layers)), self.cross))
         rope = (cache.rope[:, alone.position] if cache else
-                rope_table(alone.position, self.config.head_dim, self.config.rope_theta))
+                rope_table(alone.position.to(x.device), self.config.head_dim, self.config.rope_theta))
         if cache:                       # the same memory, but for LLaMA's layers there are no images in it
             texts = copy.copy(cache)
             texts.begin(alone)
