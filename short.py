@@ -81,6 +81,8 @@ def shorten(model: VisualChat, int8: bool, dtype: torch.dtype):
     for parameter in model.parameters():
         if parameter not in short:
             parameter.data = parameter.data.to(dtype)
+    if int8:                                                    # 16 bits: as it is in FP16 training
+        model.llama.embed_tokens.half().register_forward_hook(lambda embedding, ids, found: found.to(dtype))
 
 
 def free_memory() -> float:

@@ -66,7 +66,8 @@ def memory_of(process: int) -> dict[str, float]:
         lines = dict(line.split(":", 1) for line in Path(f"/proc/{process}/status").read_text().splitlines())
     except OSError:
         return {}
-    return {name: int(lines[name].split()[0]) / 1e6 for name in ("RssAnon", "RssFile", "VmRSS") if name in lines}
+    return {name: int(lines[name].split()[0]) * 1024 / 1e9 for name in ("RssAnon", "RssFile", "VmRSS")
+            if name in lines}
 
 
 def chat(options: list[str]):
