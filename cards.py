@@ -11,29 +11,34 @@ from dataclasses import replace
 import torch
 from torch import nn
 
+from llama import Llama
 from visualchat import VisualChat
 
 
 def cards(count: int | None) -> list[torch.device]:
     """The first `count` cards of this machine; for None one, or the CPU where there is none.
 
-    Raises ValueError where it has fewer.
+    Raises ValueError where it has fewer. (CUDA_VISIBLE_DEVICES chooses which ones there are.)
     """
     kind = torch.accelerator.current_accelerator(check_available=True)
     if count is None:
         return [kind or torch.device("cpu")]
     there = torch.accelerator.device_count() if kind else 0
     if not 1 <= count <= there:
-        raise ValueError(f"--devices {count}: this machine has {there} cards that PyTorch can use")
+        raise ValueError(f"--devices {count}: expected 1 or more, and this machine has {there} cards that PyTorch "
+                         "can use")
     return [torch.device(kind.type, i) for i in range(count)]
 
 
 def shares(sizes: list[int], first: int, n: int) -> list[int]:
     """Which of n cards each layer goes to, in order, so that all cards hold about as much.
 
-    sizes: bytes of the layers; first: bytes that the first card holds besides.
+    sizes: bytes of the layers; first: bytes that the first card holds besides. If that is more than its share, the
+    layers go to the others.
     """
     mean, held, found = (sum(sizes) + first) / n, first, []
+    if n > 1 and first >= mean:
+        return [1 + card for card in shares(sizes, 0, n - 1)]
     for size in sizes:
         # By the middle of the layer; the last card takes what rounding leaves.
         found.append(max(min(int((held + size / 2) / mean), n - 1), found[-1] if found else 0))
@@ -50,12 +55,17 @@ def on_its_card(layer: nn.Module, given: tuple) -> tuple:
 
 
 def spread(model: VisualChat, devices: list[torch.device]) -> VisualChat:
-    """The model on these devices: all of it on the first one, but LLaMA's layers in equal shares on all."""
+    """The model on these devices: LLaMA's layers in equal shares on all, everything else on the first one.
+
+    Raises ValueError for several devices and a Llama with other things between its layers.
+    """
     llama = model.llama
+    if len(devices) > 1 and type(llama).through_layers is not Llama.through_layers:
+        raise ValueError("--devices knows LLaMA's own layers alone, and here are more: leave it out")
     sizes = [sum(p.nbytes for p in layer.parameters()) for layer in llama.layers]
     rest = sum(p.nbytes for p in model.parameters()) - sum(sizes)
     placed = shares(sizes, rest, len(devices))
-    for layer, card in zip(llama.layers, placed):           # before the rest, or the first card would hold all
+    for layer, card in zip(llama.layers, placed):
         layer.to(devices[card])
         if len(devices) > 1:
             layer.register_forward_pre_hook(on_its_card)

@@ -82,8 +82,8 @@ class Chat:
                              "does not fit")
         if keep and wanted != "mmca":
             raise ValueError(f"--keep needs MMCA: with {wanted} attention an image's keys are made anew each time")
-        if compiled and (wanted == "written" or (devices or 1) > 1):
-            raise ValueError("--compile has its own form of attention, for one device: leave the other option out")
+        if compiled and wanted == "written":
+            raise ValueError("--compile has a form of attention of its own: leave out --attention written")
         model.llama.attention = wanted
         album = Album(model, keep and Path(keep, "int8" * int8, fingerprint(folder, config)))
         tokenizer = Tokenizer(towers(config)[0], model.llama.config.vocab_size)
@@ -172,7 +172,7 @@ class Chat:
     def answer(self, logits: Tensor, one: Answered, started: float) -> Iterator[int]:
         """The ids of the answer. However it ends, with Ctrl-C, too, the round has all of them."""
         for token in self.model.generate(logits, self.cache, self.max_new_tokens, self.sampling, self.step):
-            id = token.item()                                   # the only wait for a card
+            id = token.item()                                   # per token, the only wait for a card
             one.seconds = time.perf_counter() - started
             one.first_after = one.first_after or one.seconds
             if id == self.tokenizer.eos:
@@ -231,8 +231,8 @@ def open_chat(options, say: Callable[[str], None]) -> Chat:
     folder = options.model or newest(Path("out"), say)
     chat = Chat.open(folder, options.attention, options.keep, options.compile, options.int8, options.devices)
     chat.sampling, chat.max_new_tokens, chat.forgets = options.sampling, options.max_new_tokens, options.forget
-    say(f"{folder}: LLaMA-2 {chat.config.size}, {chat.model.llama.attention}, on "
-        f"{chat.model.projection.weight.device.type}")
+    say(f"{folder}: LLaMA-2 {chat.config.size}, {chat.model.llama.attention},{' 8 bits,' * options.int8} on "
+        f"{chat.model.projection.weight.device.type}{f' ({options.devices})' if options.devices else ''}")
     if options.compile:
         say("the first answer without and the first one with an image wait for the compiler")
     if options.seed is not None:

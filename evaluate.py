@@ -267,7 +267,7 @@ def main():
             write_html(options.html, questions, answers)
         write_answers(options.out, questions, options.images, answers)      # last, since it is the sign of the end
         partial.unlink()
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, torch.OutOfMemoryError) as error:
         sys.exit(f"evaluate.py: {printable(str(error))}")
     except KeyboardInterrupt:
         sys.exit(130)

@@ -135,16 +135,17 @@ def draw_heatmap(chat, path: Path, side: int = 320):
 
     Raises as `looks_of` does, and OSError or ValueError where the file cannot be written.
     """
-    looks = looks_of(chat.model, chat.encoded())
+    encoded = chat.encoded()
+    looks = looks_of(chat.model, encoded)
     words = word_looks(chat, looks)[-1]
     if not words:
         raise ValueError("there is nothing to show: the last answer has no words")
     share = torch.stack([look.mean(0) for _, look in words]).mean(0)            # (I, n)
     heat = torch.einsum("in,inp->ip", share, looks.patches)
     grid = round(heat.shape[1] ** 0.5)                                         # patches of a side
-    sheet = Image.new("RGB", (len(chat.images) * (side + 10) + 10, side + 70), "white")
+    sheet = Image.new("RGB", (len(encoded.images) * (side + 10) + 10, side + 70), "white")
     pen = ImageDraw.Draw(sheet)
-    for number, (file, values) in enumerate(zip(chat.images, heat / heat.max()), 1):
+    for number, (file, values) in enumerate(zip(encoded.images, heat / heat.max()), 1):
         left, image = 10 + (number - 1) * (side + 10), read_image(file).resize((side, side))
         opacity = Image.fromarray((values.view(grid, grid) * 200).byte().numpy())
         image.paste((255, 80, 0), mask=opacity.resize((side, side), Image.Resampling.BICUBIC))
@@ -152,7 +153,7 @@ def draw_heatmap(chat, path: Path, side: int = 320):
         pen.text((left, 8), f"image {number}: {share[number - 1].sum():.0%} of the attention to images", "black",
                  font_size=14)
     text = f"{chat.rounds[-1].question}  {chat.answer_of(chat.rounds[-1])}".replace("\n", " ")
-    pen.text((10, side + 40), text[:len(chat.images) * side // 7], "black", font_size=14)
+    pen.text((10, side + 40), text[:len(encoded.images) * side // 7], "black", font_size=14)
     with replacing(path) as unfinished:
         sheet.save(unfinished, Image.registered_extensions()[path.suffix.lower()])
 
@@ -250,7 +251,8 @@ def to_bytes(values: Tensor) -> tuple[str, Tensor]:
 
 def write_page(chat, path: Path):
     """Write the conversation as one HTML file that needs nothing else; raises as `looks_of` does, and OSError."""
-    looks = looks_of(chat.model, chat.encoded())
+    encoded = chat.encoded()
+    looks = looks_of(chat.model, encoded)
     n_images, n_tokens, n_patches = looks.patches.shape
     rounds, weights, n_shown = [], [], len(chat.left.images)
     for one, words in zip(chat.rounds, word_looks(chat, looks)):
@@ -269,7 +271,7 @@ def write_page(chat, path: Path):
     figures = [f'<figure><div class="frame"><img src="{image_url(file)}" alt="image {number}">'
                f'<canvas width="{grid}" height="{grid}"></canvas></div><figcaption>image {number}: '
                f'{html.escape(Path(str(file)).name)} <output></output><meter></meter></figcaption></figure>'
-               for number, file in enumerate(chat.images, 1)]
+               for number, file in enumerate(encoded.images, 1)]
     of_words = torch.stack(weights, dim=1) if weights else looks.tokens[:, :0]          # (layers, words, I, n)
     of_words = torch.cat((of_words.mean(0, keepdim=True), of_words))        # first the mean of all layers
     patches, scale = to_bytes(looks.patches)

@@ -108,7 +108,7 @@ def check_data(options: Options, name: str) -> Finding:
                 raise FileNotFoundError(f"{path} is empty. Get {WHERE[path.relative_to(data).parts[0]]}")
         elif path.exists():                                     # else parquet files stand for it
             check_readable(path)
-    return "ok", f"nothing is missing{''.join(counted)}"
+    return "ok", f"its files are there{''.join(counted)}; `python sources.py` looks into them"
 
 
 # ---- the machine ----
@@ -156,14 +156,18 @@ def check_memory(options: Options, here: list) -> Finding:
 def check_main_memory(options: Options, here: list) -> Finding:
     """What lies in main memory (or on a drive, with --offload nvme) for all of this machine's GPUs."""
     values, width = counts(*published_sizes(options.size)), 4 if options.precision == "fp32" else 2
+    ranks = len(here) or options.gpus
     needed = 12 * values["trained"] + (options.zero == 3) * width * (values["frozen"] + values["trained"])
     if options.offload == "nvme":
         return enough(shutil.disk_usage(options.nvme).free, needed, f"for --offload in {options.nvme}")
     free = free_memory()
     if not here and options.size == "tiny":
         return enough(free, sum(memory(options, *published_sizes("tiny"), 1).values()), "by the plan")
-    if not options.offload:
+    if not options.offload and options.zero == 3:
         return "ok", f"{free / 1e9:.2f} GB free; weights pass through, mapped from their files"
+    if not options.offload:     # Every rank copies what its file has in another type: LLaMA has FP16, the ViT BF16.
+        copied = values["vit"] if options.precision == "fp16" else values["frozen"] + values["trained"]
+        return enough(free, width * copied * ranks, f"for {ranks} ranks that load", "--zero 3 needs nothing")
     return enough(free, needed, "for --offload")
 
 

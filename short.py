@@ -1,10 +1,11 @@
 """How does 7b fit into a laptop? Its weights stay in the 16 bits of their files, or take 8; use widens them.
 
 A linear layer's weight is most of a model, and is read once for each product. ShortLinear widens a few rows at a
-time, so only those ever exist in 32 bits. In 16 bits nothing is lost: the values are those of the files, which are
-mapped into memory and not copied. In 8 bits each output channel has a scale of its own, and each weight is rounded
-to one of 255 multiples of it. Prompts and images are multiplied in BF16 where the processor has instructions for
-that, which are several times as fast. Side room of chat.py; decode.py compiles the same layers.
+time, so only those ever exist in 32 bits. In 16 bits the values are those of the files, which are mapped into
+memory and not copied. In 8 bits each output channel has a scale of its own, and each weight is rounded to one of
+255 multiples of it. Single tokens are computed in FP32; prompts and images in BF16, which rounds once more, where
+the processor has instructions for it, because they are several times as fast. Side room of chat.py; decode.py
+compiles the same layers.
 """
 from functools import cache
 from pathlib import Path
@@ -17,8 +18,8 @@ from cards import spread
 from visualchat import ModelConfig, VisualChat, load
 
 PIECE = 1 << 18                 # so many values are widened at a time: as float32 they fit into a core's own cache
-LARGE = 1 << 22                 # weights of fewer values are widened once and for all
-MANY = 16                       # so many rows of x are multiplied in BF16, where the processor does that well
+LARGE = 1 << 22                 # 16-bit weights of fewer values become float32 for good: pieces would cost more time
+MANY = 16                       # from so many rows of x on, BF16 is used where the processor multiplies it well
 
 
 @cache
@@ -36,24 +37,28 @@ class ShortLinear(nn.Module):
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.scale, self.bias = (t if t is None else nn.Parameter(t, requires_grad=False) for t in (scale, bias))
 
+    def widened(self, dtype: torch.dtype) -> Tensor:
+        """The weight (out, in), scaled, since FP16 could not hold sums of products with whole numbers."""
+        return (self.weight if self.scale is None else self.weight * self.scale[:, None]).to(dtype)
+
     def product(self, x: Tensor) -> Tensor:
-        """xWᵀ, (…, out), in the type of x."""
+        """xWᵀ, (…, out), scaled."""
+        scale = 1 if self.scale is None else self.scale
         if torch.compiler.is_compiling():
             # For one row (1, in). The compiler makes one loop of this sum, which widens each value on its way; a
             # product of matrices would widen the whole weight first.
-            return (self.weight * x.float()).sum(-1).to(x.dtype)[None]
+            return (self.weight * x.float()).sum(-1)[None] * scale
         if x.device.type != "cpu":
-            return x @ self.weight.T.to(x.dtype)
+            return x @ self.widened(x.dtype).T
         dtype = torch.bfloat16 if x.shape[:-1].numel() >= MANY and multiplies_bf16() else x.dtype
         n_rows, short = max(1, PIECE // x.shape[-1]), x.to(dtype)
         room = short.new_empty(n_rows, x.shape[-1])             # used again and again, so it stays in the cache
         parts = [short @ room[:len(rows)].copy_(rows).T for rows in self.weight.split(n_rows)]
-        return torch.cat(parts, dim=-1).to(x.dtype)
+        return torch.cat(parts, dim=-1).float() * scale
 
     def forward(self, x: Tensor) -> Tensor:
         """x (…, in) to (…, out), in the type of x."""
-        out = self.product(x)
-        out = out if self.scale is None else out * self.scale.to(x.dtype)
+        out = self.product(x).to(x.dtype)
         return out if self.bias is None else out + self.bias
 
 
@@ -73,7 +78,7 @@ def shorten(model: VisualChat, int8: bool, dtype: torch.dtype):
     linear = [(module, name, child) for module in towers for name, child in module.named_children()
               if isinstance(child, nn.Linear) and (int8 or child.weight.dtype.itemsize == 2
                                                    and child.weight.numel() >= LARGE)]
-    short = set()
+    short = set()               # parameters that stay as they are; scales in float32, too
     for module, name, child in tqdm(linear, "to 8 bits", delay=1, leave=False, disable=None if int8 else True):
         new = ShortLinear(*(in_8_bits(child.weight) if int8 else (child.weight, None)), child.bias)
         setattr(module, name, new)
@@ -81,19 +86,23 @@ def shorten(model: VisualChat, int8: bool, dtype: torch.dtype):
     for parameter in model.parameters():
         if parameter not in short:
             parameter.data = parameter.data.to(dtype)
-    if int8:                                                    # 16 bits: as it is in FP16 training
+    if int8:                    # as in FP16 training: saves 0.26 GB in 7b; what is looked up becomes `dtype`
         model.llama.embed_tokens.half().register_forward_hook(lambda embedding, ids, found: found.to(dtype))
 
 
 def free_memory() -> float:
-    """Bytes that this machine can still give; infinite where it does not say so."""
-    path = Path("/proc/meminfo")
-    lines = dict(line.split(":") for line in path.read_text().splitlines()) if path.exists() else {}
-    return 1024 * int(lines["MemAvailable"].split()[0]) if "MemAvailable" in lines else float("inf")
+    """Bytes that this machine, or its container, can still give; infinite where it does not say so."""
+    machine, container, free = Path("/proc/meminfo"), Path("/sys/fs/cgroup"), float("inf")
+    if machine.exists():
+        lines = dict(line.split(":") for line in machine.read_text().splitlines())
+        free = 1024 * int(lines["MemAvailable"].split()[0])
+    if (limit := container / "memory.max").exists() and (most := limit.read_text().strip()) != "max":
+        free = min(free, int(most) - int((container / "memory.current").read_text()))
+    return free
 
 
 def load_short(folder: Path, devices: list[torch.device], int8: bool) -> tuple[VisualChat, ModelConfig]:
-    """A training result for chat: on a CPU with short weights, computing in FP32, on cards in FP16.
+    """A training result for chat: on a CPU with short weights, on cards in FP16.
 
     int8: the towers' weights in 8 bits. Raises as `load` does, and ValueError where memory is too short.
     """
@@ -103,8 +112,9 @@ def load_short(folder: Path, devices: list[torch.device], int8: bool) -> tuple[V
     model, config = load(folder, None)
     bits, values, free = 8 if int8 else 16, sum(p.numel() for p in model.parameters()), free_memory()
     if (on_cpu or int8) and (needed := values * bits // 8) > free:
-        raise ValueError(f"{folder} needs {needed / 1e9:.1f} GB for weights in {bits} bits ("
-                         f"{values / 1e9:.1f} in 8, with --int8), and this machine has {free / 1e9:.1f} GB free")
+        less = "" if int8 else f" ({values / 1e9:.1f} in 8, with --int8)"
+        raise ValueError(f"{folder} needs {needed / 1e9:.1f} GB for weights in {bits} bits{less}, besides what the "
+                         f"conversation takes, and this machine has {free / 1e9:.1f} GB free")
     if on_cpu or int8:
         shorten(model, int8, torch.float32 if on_cpu else torch.float16)
     else:

@@ -315,6 +315,8 @@ def what_is_wrong(options: argparse.Namespace) -> str:
                     "something else")
     if options.max_new_tokens < 1:
         return f"--max-new-tokens {options.max_new_tokens}: expected 1 or more"
+    if options.compile and (options.devices or 1) > 1:
+        return "--compile works on a single device: leave out --devices"
     compiler = os.environ.get("CXX") or "g++"                   # torch.compile looks for it in this way
     if options.compile and not torch.accelerator.is_available() and not shutil.which(compiler):
         return f"--compile needs a C++ compiler: found no {compiler}; CXX can name another"
@@ -349,7 +351,8 @@ def read_options(description: str) -> argparse.Namespace:
     add("--compile", action="store_true",
         help="torch.compile for decoding: the first answers wait for it, later ones are faster")
     add("--devices", type=int, help="so many cards share LLaMA's layers, for models that are too large for one")
-    add("--int8", action="store_true", help="weights in 8 bits: half the memory, a little less exact")
+    add("--int8", action="store_true",
+        help="weights in 8 bits: half the memory, a little less exact; slower on a card, which widens them")
     options = parser.parse_args()
     try:
         options.sampling = Sampling(options.temperature, options.top_k, options.top_p, options.repetition_penalty)

@@ -9,6 +9,7 @@ Side room of llama.py and vit.py, which say what their folders hold.
 import json
 import os
 import pickletools
+import shlex
 import zipfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -144,9 +145,9 @@ def download(repository: str, folder: Path | None, names: Iterable[str] = ()) ->
         return "python train.py --size tiny" if repository == "tiny/chat" else "python -m tiny.pretrain"
     # Files that are there, but damaged, would not be fetched again without force. LLaMA's repositories hold the
     # weights in two formats, and one is enough. The index of a Qwen-VL says which of its shards are needed.
-    which = (f"{' '.join(names)} --force-download" if names else
+    which = (f"{shlex.join(names)} --force-download" if names else
              "--exclude '*.bin'" if "Llama" in repository else "--include '*.json'")
-    return f"hf download {repository} {which}{f' --local-dir {folder}' if folder else ''}"
+    return f"hf download {repository} {which}{f' --local-dir {shlex.quote(str(folder))}' if folder else ''}"
 
 
 def local_folders(repository: str) -> tuple[Path, Path]:

@@ -59,7 +59,7 @@ def start():
         raise OSError(f"the ranks cannot meet at {where}: {str(error).splitlines()[0]}") from error
     if get_accelerator().device_name() != "cpu":
         get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
-        torch.backends.cuda.enable_cudnn_sdp(False)             # crashed at 7b on an H100: results/gpu.md
+        torch.backends.cuda.enable_cudnn_sdp(False)             # its backward pass crashed at 7b: results/gpu.md
     else:
         ranks = int(os.environ.get("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", 1)))
         torch.set_num_threads(max(1, os.cpu_count() // ranks))  # more threads than cores make ranks wait
@@ -224,9 +224,12 @@ class FrozenLinear(torch.autograd.Function):
 
 
 def for_zero_3(model: VisualChat):
-    """What makes ZeRO-3 lighter and faster for this model, with the same results."""
+    """What makes ZeRO-3 lighter and faster for this model, with the same results.
+
+    The ViT needs no FrozenLinear: nothing is kept for a backward pass through a tower that learned nothing.
+    """
     for linear in model.llama.layers.modules():
-        if type(linear) is nn.Linear:
+        if type(linear) is nn.Linear:           # not a subclass, which may do more
             linear.forward = partial(lambda linear, x: FrozenLinear.apply(x, linear.weight), linear)
     for module in model.modules():
         if type(module) in (Layer, Block):      # Gathered and given up as a whole: fewer of DeepSpeed's hooks run.

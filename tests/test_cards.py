@@ -13,7 +13,7 @@ from torch import Tensor
 
 from cards import cards, on_its_card, shares, spread
 from chat import Chat
-from llama import Pass, Tokenizer
+from llama import Llama, Pass, Tokenizer
 from page import looks_of
 from visualchat import ModelConfig, load, towers
 
@@ -74,8 +74,9 @@ def test_shares_are_in_order_and_no_card_holds_much_more_than_others(sizes, firs
     held = [first] + [0] * (n - 1)
     for card, size in zip(found, sizes):
         held[card] += size
-    mean = (sum(sizes) + first) / n
-    assert max(held) <= max(mean, first) + max(sizes)
+    others = (sum(sizes) + first) / n if first * n < sum(sizes) + first or n == 1 else sum(sizes) / (n - 1)
+    assert max(held[1:], default=0) <= others + max(sizes) and held[0] <= max(first, others + max(sizes))
+    assert len(sizes) < 3 * n or max(sizes) > min(sizes) * 2 or all(held)          # no card is idle
 
 
 def test_70b_on_four_cards_is_shared_evenly():
@@ -85,8 +86,20 @@ def test_70b_on_four_cards_is_shared_evenly():
     assert max(held) - min(held) < 2 * 1.71e9
 
 
+def test_7b_on_eight_cards_leaves_none_empty():
+    """The first one holds the ViT, which is more than its share."""
+    assert set(shares([404_750_336] * 32, 4_400_000_000, 8)) == set(range(1, 8))
+
+
+def test_a_llama_with_other_things_between_its_layers_is_refused():
+    model = load(SHIPPED)[0]
+    model.llama.__class__ = type("Other", (Llama,), {"through_layers": lambda self: None})
+    with pytest.raises(ValueError, match="--devices knows LLaMA's own layers alone"):
+        spread(model, [CPU, CPU])
+
+
 def test_more_cards_than_there_are_are_refused(monkeypatch):
-    with pytest.raises(ValueError, match="--devices 3: this machine has 0 cards"):
+    with pytest.raises(ValueError, match="--devices 3: .*this machine has 0 cards"):
         monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: None)
         cards(3)
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: torch.device("cuda"))

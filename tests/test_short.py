@@ -63,6 +63,13 @@ def test_many_rows_are_multiplied_in_bf16_where_that_is_fast_and_few_never(monke
     assert found.dtype == torch.float32 and (1e-4 < error < 1e-2 if many else error < 1e-6)
 
 
+def test_8_bits_on_a_card_do_not_overflow_in_fp16():
+    weight, x = torch.full((3, 4096), 0.1).half(), torch.ones(1, 4096).half()
+    layer = ShortLinear(*in_8_bits(weight))
+    torch.testing.assert_close(x @ layer.widened(torch.float16).T, x @ weight.T, atol=0.5, rtol=0)
+    assert (x @ layer.weight.T.half()).isinf().all()            # which is why it is scaled before the product
+
+
 @pytest.mark.usefixtures("exact")
 def test_8_bits_are_half_a_step_off_at_most_and_each_output_channel_has_its_own_scale(monkeypatch):
     monkeypatch.setattr(short, "PIECE", 7 * 96)
@@ -107,7 +114,7 @@ def test_chat_in_16_bits_says_what_it_says_in_32(monkeypatch, large):
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
 
 
-def test_8_bits_take_every_linear_layer_of_both_towers_and_hardly_change_the_logits():
+def test_8_bits_take_every_linear_module_of_both_towers_and_hardly_change_the_logits():
     chat = Chat.open(SHIPPED, int8=True)
     towers = chat.model.llama, chat.model.vit
     assert not any(isinstance(m, nn.Linear) for tower in towers for m in tower.modules())
