@@ -71,7 +71,7 @@ class Chat:
              compiled: bool = False, int8: bool = False, devices: int | None = None) -> "Chat":
         """A conversation with a training result. attention: another form; keep: a folder for the Album.
 
-        It runs on a card or on so many (cards.py), else on the CPU; int8: weights in 8 bits (short.py). Raises
+        devices: so many cards (cards.py); by default one, or the CPU; int8: weights in 8 bits (short.py). Raises
         FileNotFoundError or ValueError where something is absent or unfit.
         """
         folder = Path(folder)

@@ -2,10 +2,10 @@
 
 Both go through the same layers as everything else. `step_of_many` takes one token for each of many conversations:
 keys and values are padded, so that all of them are one product. `compile_step` is for a single conversation and
-for torch.compile. Three things are done for the compiler. The pass is a function
-of tensors alone, so that a growing conversation needs no new compilation. Attention is written with sums, which
-the compiler fuses. And float32 weights whose values fit into 16 bits, as those of LLaMA-2's files do, are read as
-16 bits, which halves the bytes. Optional: `python chat.py --compile`. Side room of llama.py.
+for torch.compile. Three things are done for the compiler. The pass is a function of tensors alone, so that a
+growing conversation needs no new compilation. Attention is written with sums, which the compiler fuses. And float32
+weights whose values fit into 16 bits, as those of LLaMA-2's files do, are read as 16 bits, which halves the bytes.
+Optional: `python chat.py --compile`. Side room of llama.py.
 """
 import copy
 from collections.abc import Callable
