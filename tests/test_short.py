@@ -1,4 +1,6 @@
 """Claims about short.py: 16 bits lose nothing, 8 bits little, and no weight is ever held twice in 32 bits."""
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,7 @@ import short
 from chat import Chat
 from conftest import TINY, tiny
 from data import Encoded
+from decode import compile_step
 from llama import Cache, Tokenizer
 from mmca import IMAGE, TEXT
 from pixels import load_pixels
@@ -126,6 +129,21 @@ def test_8_bits_take_every_linear_module_of_both_towers_and_hardly_change_the_lo
     assert chat.ask("Describe image 1.", IMAGE_FILE) == wide.ask("Describe image 1.", IMAGE_FILE)
     found, expected = (logits(one, wide.encoded()) for one in (chat, wide))
     assert 0 < (found - expected).norm() / expected.norm() < 0.05
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
+def test_8_bits_compile():
+    llama = tiny("mmca", replace(TINY, num_hidden_layers=1))
+    holder = nn.Module()
+    holder.llama, holder.vit = llama, nn.Module()
+    shorten(holder, int8=True, dtype=torch.float32)
+    caches = [Cache(llama, 1, 8) for _ in range(2)]
+    for cache in caches:
+        with torch.no_grad():
+            llama(llama.embed_tokens(torch.arange(3))[None], torch.full((1, 3), TEXT), cache=cache)
+    step = compile_step(llama)
+    for token in torch.arange(3).split(1):
+        torch.testing.assert_close(step(token, caches[0]), llama.next_logits(token, caches[1]), atol=1e-5, rtol=0)
 
 
 @pytest.mark.usefixtures("exact")
