@@ -124,7 +124,7 @@ def test_two_ranks_train_a_step_at_70b_s_width_and_chat_opens_the_result(tmp_pat
     assert embedding.shape == (2048, 8192) and projection.shape == (8192, 4096) and projection.any()
     changed = embedding.any(dim=1).nonzero()[:, 0].tolist()     # words of the data, and those of the wire
     assert 5 < len(changed) < 60 and {1, 19, 2046, 2047} < set(changed)
-    assert Chat.open(tmp_path / "out", device="cpu").ask("Is it red?") == BLUE
+    assert Chat.open(tmp_path / "out").ask("Is it red?") == BLUE
 
 
 @pytest.mark.parametrize("tower, name, shape, expected", [
