@@ -109,8 +109,8 @@ class Cache:
     def write_images(self, layer: int, number: int, kv: Tensor) -> Tensor:
         """Add kv (2, H_kv, tokens, D) of new image tokens to a conversation; returns that of all its images."""
         after = self.counts[number][1]
-        if after > (room := self.image[layer].shape[3]):    # One more: if just full, decode.py would compile anew.
-            self.image[layer] = F.pad(self.image[layer], (0, 0, 0, after + 1 - room))
+        if after > (room := self.image[layer].shape[3]):    # + 1: if just full, decode.py would compile anew.
+            self.image[layer] = F.pad(self.image[layer], (0, 0, 0, after + after // 2 + 1 - room))
         image = self.image[layer][number, :, :, :after]
         if kv.shape[2]:
             image[:, :, after - kv.shape[2]:] = kv
