@@ -3,8 +3,8 @@
 Both go through the same layers as everything else. `step_of_many` takes one token for each of many conversations:
 keys and values are padded, so that all of them are one product. `compile_step` is for a single conversation and
 for torch.compile. Three things are done for the compiler. The pass is a function of tensors alone, so that a
-growing conversation needs no new compilation. Attention is written with sums, which the compiler fuses. And float32
-weights whose values fit into 16 bits, as those of LLaMA-2's files do, are read as 16 bits, which halves the bytes.
+growing conversation needs no new compilation. Attention is written with sums, which the compiler fuses. And
+float32 weights whose values fit into 16 bits, as those of LLaMA-2's files do, are read as 16 bits, half the bytes.
 Optional: `python chat.py --compile`. Side room of llama.py.
 """
 import copy
@@ -45,7 +45,7 @@ def plain_step_of_many(llama: Llama, ended: Tensor) -> Callable[[Tensor, Cache],
     def step(token: Tensor, cache: Cache) -> Tensor:
         """`Llama.next_logits` for those that have not ended."""
         rows = (~ended).nonzero()[:, 0].to(token.device)
-        x, kind = llama.embed_tokens(token[rows])[None], torch.full((1, len(rows)), TEXT)   # (1, b, C), b at most B
+        x, kind = llama.embed_tokens(token[rows])[None], torch.full((1, len(rows)), TEXT)    # (1, b, C), b ≤ B
         some = llama.lm_head(llama(x, kind, lengths=(~ended).int().tolist(), cache=cache))
         return some.new_zeros(len(token), some.shape[1]).index_copy(0, rows, some)
 

@@ -165,7 +165,7 @@ def check_main_memory(options: Options, here: list) -> Finding:
         return enough(free, sum(memory(options, *published_sizes("tiny"), 1).values()), "by the plan")
     if not options.offload and options.zero == 3:
         return "ok", f"{free / 1e9:.2f} GB free; weights pass through, mapped from their files"
-    if not options.offload:     # Every rank copies what its file has in another type: LLaMA has FP16, the ViT BF16.
+    if not options.offload:     # Each rank copies what its file has in another type: LLaMA has FP16, the ViT BF16.
         copied = values["vit"] if options.precision == "fp16" else values["frozen"] + values["trained"]
         return enough(free, width * copied * ranks, f"for {ranks} ranks that load", "--zero 3 needs nothing")
     return enough(free, needed, "for --offload")

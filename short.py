@@ -18,7 +18,7 @@ from cards import spread
 from visualchat import ModelConfig, VisualChat, load
 
 PIECE = 1 << 18                 # so many values are widened at a time: as float32 they fit into a core's own cache
-LARGE = 1 << 22                 # 16-bit weights of fewer values become float32 for good: pieces would cost more time
+LARGE = 1 << 22                 # 16-bit weights of fewer values become float32 for good, since pieces take longer
 MANY = 16                       # from so many rows of x on, BF16 is used where the processor multiplies it well
 
 
@@ -113,8 +113,8 @@ def load_short(folder: Path, devices: list[torch.device], int8: bool) -> tuple[V
     bits, values, free = 8 if int8 else 16, sum(p.numel() for p in model.parameters()), free_memory()
     if (on_cpu or int8) and (needed := values * bits // 8) > free:
         less = "" if int8 else f" ({values / 1e9:.1f} in 8, with --int8)"
-        raise ValueError(f"{folder} needs {needed / 1e9:.1f} GB for weights in {bits} bits{less}, besides what the "
-                         f"conversation takes, and this machine has {free / 1e9:.1f} GB free")
+        raise ValueError(f"{folder} needs {needed / 1e9:.1f} GB for weights in {bits} bits{less}, besides what "
+                         f"the conversation takes, and this machine has {free / 1e9:.1f} GB free")
     if on_cpu or int8:
         shorten(model, int8, torch.float32 if on_cpu else torch.float16)
     else:

@@ -1,5 +1,5 @@
-"""Claims that no step makes the CPU wait for the card, as asking it for values does. There is no card here: PyTorch's
-meta device stands for it, where `.item()`, `.tolist()`, `.cpu()` and `nonzero` are errors."""
+"""Claims that no step makes the CPU wait for the card, as asking it for values does. There is no card here:
+PyTorch's meta device stands for it, where `.item()`, `.tolist()`, `.cpu()` and `nonzero` are errors."""
 import pytest
 import torch
 
