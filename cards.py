@@ -30,6 +30,11 @@ def cards(count: int | None) -> list[torch.device]:
     return [torch.device(kind.type, i) for i in range(count)]
 
 
+def is_usual(llama: Llama) -> bool:
+    """Whether x passes through LLaMA's layers and nothing else, as this file and decode.py have it."""
+    return type(llama).through_layers is Llama.through_layers
+
+
 def shares(sizes: list[int], first: int, n: int) -> list[int]:
     """Which of n cards each layer goes to, in order, so that all cards hold about as much.
 
@@ -60,7 +65,7 @@ def spread(model: VisualChat, devices: list[torch.device]) -> VisualChat:
     Raises ValueError for several devices and a Llama with other things between its layers.
     """
     llama = model.llama
-    if len(devices) > 1 and type(llama).through_layers is not Llama.through_layers:
+    if len(devices) > 1 and not is_usual(llama):
         raise ValueError("--devices knows LLaMA's own layers alone, and here are more: leave it out")
     sizes = [sum(p.nbytes for p in layer.parameters()) for layer in llama.layers]
     rest = sum(p.nbytes for p in model.parameters()) - sum(sizes)

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cards import is_usual
 from llama import Cache, Llama, Pass
 from mmca import TEXT, separate
 from short import ShortLinear
@@ -32,11 +33,6 @@ def attend_padded(q: Tensor, kv: Tensor, counts: Tensor) -> Tensor:
     out = F.scaled_dot_product_attention(q[:, :, None], *kv.unbind(1), attn_mask=mask[:, None, None],
                                          enable_gqa=q.shape[1] != kv.shape[2])[:, :, 0]
     return out.where((counts > 0)[:, None, None], 0)
-
-
-def is_usual(llama: Llama) -> bool:
-    """Whether a token passes through LLaMA's layers and nothing else, as the steps below have it."""
-    return type(llama).through_layers is Llama.through_layers
 
 
 def plain_step_of_many(llama: Llama, ended: Tensor) -> Callable[[Tensor, Cache], Tensor]:

@@ -156,8 +156,8 @@ def check_memory(options: Options, here: list) -> Finding:
 def check_main_memory(options: Options, here: list) -> Finding:
     """What lies in main memory (or on a drive, with --offload nvme) for all of this machine's GPUs."""
     values, width = counts(*published_sizes(options.size)), 4 if options.precision == "fp32" else 2
-    ranks = len(here) or options.gpus
-    needed = 12 * values["trained"] + (options.zero == 3) * width * (values["frozen"] + values["trained"])
+    whole, ranks = values["frozen"] + values["trained"], len(here) or options.gpus
+    needed = 12 * values["trained"] + (options.zero == 3) * width * whole
     if options.offload == "nvme":
         return enough(shutil.disk_usage(options.nvme).free, needed, f"for --offload in {options.nvme}")
     free = free_memory()
@@ -166,7 +166,7 @@ def check_main_memory(options: Options, here: list) -> Finding:
     if not options.offload and options.zero == 3:
         return "ok", f"{free / 1e9:.2f} GB free; weights pass through, mapped from their files"
     if not options.offload:     # Each rank copies what its file has in another type: LLaMA has FP16, the ViT BF16.
-        copied = values["vit"] if options.precision == "fp16" else values["frozen"] + values["trained"]
+        copied = {"fp16": values["vit"], "bf16": whole - values["vit"], "fp32": whole}[options.precision]
         return enough(free, width * copied * ranks, f"for {ranks} ranks that load", "--zero 3 needs nothing")
     return enough(free, needed, "for --offload")
 

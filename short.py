@@ -90,9 +90,9 @@ def shorten(model: VisualChat, int8: bool, dtype: torch.dtype):
         model.llama.embed_tokens.half().register_forward_hook(lambda embedding, ids, found: found.to(dtype))
 
 
-def free_memory() -> float:
-    """Bytes that this machine, or its container, can still give; infinite where it does not say so."""
-    machine, container, free = Path("/proc/meminfo"), Path("/sys/fs/cgroup"), float("inf")
+def free_memory(root: Path = Path("/")) -> float:
+    """Bytes that this machine, or its container, can still give; infinite where its files do not say so."""
+    machine, container, free = root / "proc/meminfo", root / "sys/fs/cgroup", float("inf")
     if machine.exists():
         lines = dict(line.split(":") for line in machine.read_text().splitlines())
         free = 1024 * int(lines["MemAvailable"].split()[0])

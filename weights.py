@@ -273,7 +273,7 @@ def check_numbers(name: str, tensor: Tensor, source: Path):
     """Raises ValueError where a tensor holds a NaN or an infinite value.
 
     A NaN anywhere makes both the least and the largest value NaN. `isfinite` would make several tensors of that
-    size and take ten times as long, which at 7b is a minute of a processor core.
+    size and take much longer.
     """
     if tensor.numel() and not torch.stack(tensor.aminmax()).isfinite().all():
         raise ValueError(f"{source}: {name} holds values that are no finite numbers, get it again")

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from experiments.outside import Experiment
 from visualchat import Variant, VisualChat
 
-ALPHA = 16              # chosen here, as the rank and TARGETS: the paper names none of them
+ALPHA = 16              # chosen here, as the rank and TARGETS
 TARGETS = {"llama": ("q_proj", "v_proj"), "vit": ("in_proj", "c_fc")}       # in_proj makes q, k and v
 
 

@@ -169,5 +169,13 @@ def test_too_little_memory_is_said_with_both_figures_before_anything_is_widened(
     assert short.free_memory() == 3e6
 
 
-def test_free_memory_is_that_of_this_machine():
-    assert 0 < short.free_memory() < 1e14
+def test_free_memory_is_that_of_the_machine_or_less_in_a_container(tmp_path):
+    assert short.free_memory(tmp_path) == float("inf")
+    for name, text in (("proc/meminfo", "MemTotal: 9 kB\nMemAvailable:    4000 kB\n"),
+                       ("sys/fs/cgroup/memory.max", "max\n"), ("sys/fs/cgroup/memory.current", "1000000\n")):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert short.free_memory(tmp_path) == 4000 * 1024
+    (tmp_path / "sys/fs/cgroup/memory.max").write_text("3000000\n")
+    assert short.free_memory(tmp_path) == 2000000
+    assert 0 < short.free_memory() < 1e14                       # of this machine
