@@ -1,19 +1,30 @@
-"""How does 70b fit into the cards of one machine? Consecutive layers of LLaMA lie on consecutive cards.
+"""How does 70b fit into the cards of one machine? By layers (`chat.py --devices N`), or by heads (`deepspeed chat.py`).
+
+By layers, consecutive ones lie on consecutive cards:
 
     ViT, projection, embedding, first layers │ next layers │ … │ last layers     norm, lm_head
                  card 0                      │   card 1    │   │  card N - 1        card 0
 
 One card computes at a time, then hands its (L, C) on to the next one; keys and values lie beside their layer, as
-Cache in llama.py makes them. Side room of chat.py (--devices).
+Cache in llama.py makes them. By heads, each card has a process of its own, a rank, and of every layer so many heads
+of attention and channels of the MLP. All compute at the same time and add up what they found, twice in each layer:
+this is DeepSpeed's tensor parallelism. All ranks hold the same conversation; rank 0 alone reads and prints lines.
 """
+import os
+import sys
+from collections.abc import Callable
 from dataclasses import replace
+from datetime import timedelta
+from functools import cache
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from llama import Llama
+from llama import Layer, Llama
 from visualchat import VisualChat
 
+
+# ---- by layers ----
 
 def cards(count: int | None) -> list[torch.device]:
     """The first `count` cards of this machine; for None one, or the CPU where there is none.
@@ -80,3 +91,68 @@ def spread(model: VisualChat, devices: list[torch.device]) -> VisualChat:
     if len(devices) > 1:
         llama.norm.register_forward_pre_hook(lambda norm, given: (given[0].to(norm.weight.device),))
     return model
+
+
+# ---- by heads ----
+
+def n_ranks() -> int:
+    """How many processes share one model: as many as `deepspeed` or torchrun started."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def is_follower() -> bool:
+    """Whether this process is a rank other than 0."""
+    return n_ranks() > 1 and int(os.environ.get("RANK", 0)) > 0
+
+
+def split(model: VisualChat, dtype: torch.dtype) -> VisualChat:
+    """The model in `dtype` with this rank's share of each layer of LLaMA, and with all of everything else.
+
+    Raises ValueError where the ranks cannot share the heads, and for a Llama with other things between its layers.
+    """
+    llama, n = model.to(dtype).llama, n_ranks()
+    if not is_usual(llama):
+        raise ValueError("several ranks share LLaMA's own layers alone, and here are more: start one process")
+    if (heads := llama.config.num_key_value_heads) % n:
+        raise ValueError(f"{n} ranks cannot share {heads} heads of keys and values: start a number that divides them")
+    from zero import deepspeed, dist, start                     # here, since chat.py needs no deepspeed otherwise
+    start()
+    deepspeed.init_inference(llama, dtype=dtype, tensor_parallel={"tp_size": n}, replace_with_kernel_inject=False,
+                             injection_policy={Layer: ("self_attn.o_proj", "mlp.down_proj")})   # where ranks add up
+    llama.config = replace(llama.config, num_key_value_heads=heads // n)        # what a Cache has room for
+
+    def as_rank_0(head: nn.Module, given: tuple, logits: Tensor) -> Tensor:
+        """The same logits on all ranks to the bit, so that all choose the same token and end together."""
+        dist.broadcast(logits, 0)
+        return logits
+
+    llama.lm_head.register_forward_hook(as_rank_0)
+    return model
+
+
+@cache
+def waiting_ranks():
+    """The ranks as a group in which nobody minds waiting for a person."""
+    return torch.distributed.new_group(backend="gloo", timeout=timedelta(days=30))
+
+
+def of_rank_0(ask: Callable[[], str]) -> str:
+    """What ask() returns, or raises, on rank 0; the others do not call it."""
+    if n_ranks() == 1:
+        return ask()
+    found = [None]
+    if not is_follower():
+        try:
+            found = [ask()]
+        except (EOFError, KeyboardInterrupt) as error:
+            found = [error]
+    torch.distributed.broadcast_object_list(found, group=waiting_ranks())
+    if isinstance(found[0], BaseException):
+        raise found[0]
+    return found[0]
+
+
+def silence_followers():
+    """Rank 0 prints; the others say nothing, not even an error, which rank 0 has as well."""
+    if is_follower():
+        sys.stdout = sys.stderr = open(os.devnull, "w")

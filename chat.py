@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from album import Album, digest_of, fingerprint
-from cards import cards
+from cards import cards, silence_followers
 from data import Answered, Encoded, ImageFile, Round, encode_round
 from decode import compile_step
 from llama import Cache, Tokenizer
@@ -245,6 +245,7 @@ def main():
 
     Lines that come from a file or another program let it end with 1 if one of them was bad.
     """
+    silence_followers()
     options = read_options(__doc__)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)               # the program that reads our answers may end first
@@ -275,8 +276,7 @@ def main():
         sys.exit(f"chat.py: {printable(str(error))}\nThis was with --compile; try without.")
     except KeyboardInterrupt:
         sys.exit(130)                                           # the exit status that shells give to Ctrl-C
-    if not good:
-        sys.exit(1)
+    sys.exit(0 if good else 1)
 
 
 if __name__ == "__main__":

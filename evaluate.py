@@ -25,6 +25,7 @@ import torch
 from tqdm import tqdm
 
 from album import digest_of, fingerprint
+from cards import n_ranks
 from chat import Chat, ContextFull, check_logits
 from data import Encoded, Round, collate, encode, encode_round, to_tensors
 from decode import step_of_many
@@ -215,7 +216,7 @@ def answers_of(folder: Path, questions: dict[str, list[Round]], options,
                partial: Path) -> tuple[list[list[str]], float]:
     """A model's answers to all conversations, and how many seconds the model took for them; those that `partial`
     holds are not asked again."""
-    chat = Chat.open(folder, int8=options.int8)
+    chat = Chat.open(folder, int8=options.int8, devices=options.devices)
     model, tokenizer = chat.model, chat.tokenizer
     weights = fingerprint(folder, chat.config) + " in 8 bits" * options.int8
     del chat                                                    # whose cache takes gigabytes at the real sizes
@@ -248,7 +249,10 @@ def main():
     parser.add_argument("--at-once", type=int, default=64, help="so many conversations are held at the same time")
     parser.add_argument("--max-new-tokens", type=int, default=256, help="where an answer is cut")
     parser.add_argument("--int8", action="store_true", help="weights in 8 bits, as in chat.py")
+    parser.add_argument("--devices", type=int, help="so many cards share LLaMA's layers, as in chat.py")
     options = parser.parse_args()
+    if n_ranks() > 1:
+        parser.error("started as several ranks: start one process, and take --devices for several cards")
     if options.at_once < 1 or options.max_new_tokens < 1:
         parser.error("--at-once and --max-new-tokens: expected 1 or more")
     partial = options.out.with_name(f"{options.out.name}.partial")

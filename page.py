@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from cards import n_ranks
 from data import Encoded
 from mmca import IMAGE, TEXT, Layout, masked_softmax
 from pixels import load_pixels, read_image
@@ -79,6 +80,8 @@ def looks_of(model: VisualChat, encoded: Encoded) -> Looks:
     if not encoded.images or not has_looks:
         raise ValueError("there is nothing to show: where a model looked is seen with an image, and with a model "
                          "that was trained with mmca and QWen-VL's encoder")
+    if n_ranks() > 1:
+        raise ValueError("each rank has a share of the heads alone: start chat.py with python, and /load talk.json")
     device, vision = model.projection.weight.device, model.vit.config
     pixels = torch.stack([load_pixels(file, vision.image_size) for file in encoded.images]).to(device)
     tokens, patches = patches_of(model, pixels)

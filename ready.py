@@ -171,14 +171,20 @@ def check_main_memory(options: Options, here: list) -> Finding:
     return enough(free, needed, "for --offload")
 
 
-def check_shared_memory(options: Options) -> Finding:
-    """What the loader's processes share; without it loader.py opens images between the steps."""
-    shared, vision = Path("/dev/shm"), published_sizes(options.size)[1]
-    if not options.workers or not shared.is_dir():
-        return "ok", "none is needed"
+def most_shared(options: Options) -> int:
+    """Bytes of a machine's shared memory that the loader's processes may take, by the largest conversations."""
+    vision = published_sizes(options.size)[1]
     most = max(SOURCES[name].most_images for name in dataset_names(options.datasets))
     each = 2 * vision.n_queries * vision.output_dim if options.cache_features else 3 * vision.image_size ** 2
-    state, text = enough(shutil.disk_usage(shared).free, shared_memory(options, most, each),
+    return shared_memory(options, most, each)
+
+
+def check_shared_memory(options: Options) -> Finding:
+    """What the loader's processes share; without it loader.py opens images between the steps."""
+    shared = Path("/dev/shm")
+    if not options.workers or not shared.is_dir():
+        return "ok", "none is needed"
+    state, text = enough(shutil.disk_usage(shared).free, most_shared(options),
                          f"at most for --workers {options.workers}", "images would be opened between the steps; "
                          "in Docker, --shm-size makes it larger")
     return state.replace("too little", "slow"), text
@@ -225,7 +231,8 @@ def findings(options: Options) -> Iterator[tuple[str, Finding]]:
 def look_ahead(options: Options) -> int:
     """Print what --plan or --check-weights asks for; returns the exit status, 1 where training cannot start."""
     if options.plan:
-        print(plan_text(options))
+        print(f"{plan_text(options)}\n/dev/shm of each machine: {most_shared(options) / 1e9:.2f} GB at most for "
+              f"--workers {options.workers}")
         return 0
     lacking, to_get = [], {}
     for name, (state, text) in findings(options):

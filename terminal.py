@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 from album import digest_of
+from cards import is_follower, n_ranks, of_rank_0
 from data import ImageFile
 from mmca import ATTENTION
 from names import absent, as_path, named, parse, words_in
@@ -239,7 +240,7 @@ def completions(text: str, line: str, quoted: bool = False) -> list[str]:
 
 def prepare_keys():
     """Tab completes, a pasted text is one line, and lines can be recalled, those of earlier starts, too."""
-    if not readline:
+    if not readline or is_follower():
         return
     history = Path(os.environ.get("XDG_STATE_HOME") or "~/.local/state").expanduser() / "visualchat_history"
     with contextlib.suppress(OSError):
@@ -274,7 +275,7 @@ def converse(terminal: Terminal) -> bool:
         terminal.say(f"{GREETING} /help lists what else there is.")
     while True:
         try:
-            line = input("> " if asks else "")
+            line = of_rank_0(lambda: input("> " if asks else ""))
             if not asks and line.strip():
                 terminal.say(f"> {line}")
             if not terminal.follow(line):
@@ -315,6 +316,9 @@ def what_is_wrong(options: argparse.Namespace) -> str:
                     "something else")
     if options.max_new_tokens < 1:
         return f"--max-new-tokens {options.max_new_tokens}: expected 1 or more"
+    alone = ("devices", "int8", "compile", "keep", "page", "heatmap")
+    if n_ranks() > 1 and (found := next((f"--{name}" for name in alone if getattr(options, name)), "")):
+        return f"{found} is for one process: leave it out, or start chat.py with python"
     if options.compile and (options.devices or 1) > 1:
         return "--compile works on a single device: leave out --devices"
     compiler = os.environ.get("CXX") or "g++"                   # torch.compile looks for it in this way
@@ -353,6 +357,7 @@ def read_options(description: str) -> argparse.Namespace:
     add("--devices", type=int, help="so many cards share LLaMA's layers, for models that are too large for one")
     add("--int8", action="store_true",
         help="weights in 8 bits: half the memory, a little less exact; slower on a card, which widens them")
+    add("--local_rank", type=int, help=argparse.SUPPRESS)      # which `deepspeed` adds
     options = parser.parse_args()
     try:
         options.sampling = Sampling(options.temperature, options.top_k, options.top_p, options.repetition_penalty)

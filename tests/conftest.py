@@ -15,6 +15,7 @@ from llama import Llama, LlamaConfig, Tokenizer
 from mmca import IMAGE, PAD, TEXT, all_text, compact_attention, mmca, separate, written_attention
 from tiny.world import write_world
 from training import ROOT, losses
+from two_processes import pytest_runtestloop         # noqa: F401
 from visualchat import ModelConfig, build, whole_answers
 from vit import IN_CONFIG, PREFIX, VisionConfig, VisionTransformer
 

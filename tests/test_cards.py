@@ -1,8 +1,11 @@
 """Claims about cards.py: every tensor meets its layer on its own card, and the answers are those of one device.
 
 There are no cards here. Both "cards" are the CPU where values matter; one is PyTorch's meta device, whose tensors
-cannot be mixed with others, where it matters that all of them were moved.
+cannot be mixed with others, where it matters that all of them were moved. Ranks are processes on the CPU.
 """
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,13 +14,14 @@ from hypothesis import given
 from hypothesis import strategies as some
 from torch import Tensor
 
-from cards import cards, on_its_card, shares, spread
+from cards import cards, on_its_card, shares, split, spread
 from chat import Chat
 from llama import Llama, Pass, Tokenizer
 from page import looks_of
+from terminal import read_options
+from training import ROOT
 from visualchat import ModelConfig, load, towers
 
-ROOT = Path(__file__).parents[1]
 SHIPPED, IMAGES = ROOT / "weights/tiny/chat", [ROOT / "examples/a.png", ROOT / "examples/b.png"]
 CPU, META = torch.device("cpu"), torch.device("meta")
 
@@ -117,3 +121,58 @@ def test_positions_and_rows_come_along():
     found = on_its_card(layer, (x, Pass(3, rope, lambda *given: None), 0, rows))
     assert [one.device for one in (found[0], found[1].rope, found[3])] == [META] * 3 and found[2] == 0
     assert on_its_card(layer, (x, found[1], 0, None))[3] is None and len(on_its_card(layer, (x, found[1], 0))) == 3
+
+
+SHARED_OUT = """
+import sys
+import torch
+from cards import of_rank_0, n_ranks, is_follower
+from chat import Chat, main
+from visualchat import load
+
+folder = sys.argv[sys.argv.index("--model") + 1]
+whole, shared = load(folder)[0].llama, Chat.open(folder).model.llama
+assert n_ranks() == 2 and shared.config.num_key_value_heads == 2
+for name, width in (("k_proj", (64, 128)), ("o_proj", (128, 64))):
+    assert getattr(shared.layers[0].self_attn, name).weight.shape == width, name
+assert shared.layers[5].mlp.up_proj.weight.numel() < whole.layers[5].mlp.up_proj.weight.numel()
+torch.manual_seed(0)
+x, kind = torch.randn(2, 9, 128), torch.tensor([[1, 1, 2, 2, 2, 2, 1, 1, 1], [1, 2, 2, 2, 2, 1, 1, 0, 0]])
+with torch.no_grad():
+    a, b = (llama.lm_head(llama(x, kind)) for llama in (whole, shared))
+assert (a - b).abs().max() < 1e-4 * a.abs().max(), (a - b).abs().max()
+assert of_rank_0(lambda: "followers do not ask" if not is_follower() else 1 / 0) == "followers do not ask"
+main()
+"""
+
+
+def test_ranks_that_share_every_layer_hold_the_conversation_of_one_process(tmp_path):
+    """Half of the heads on each of two ranks: the same logits, and the same lines on the terminal, once."""
+    (tmp_path / "shared_out.py").write_text(SHARED_OUT)
+    lines = (f"{IMAGES[0]} {IMAGES[1]} Describe image 1.\nWhat changed from image 1 to image 2?\nnone.png\n/undo\n"
+             f"{IMAGES[0]} Describe the image.\n/save talk.html\n/save talk.json\n")
+    ranks = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(tmp_path / "shared_out.py")]
+    one, two = (subprocess.run([sys.executable, *start, "--model", str(SHIPPED)], cwd=tmp_path, input=lines, text=True,
+                               capture_output=True, timeout=300, env={**os.environ, "PYTHONPATH": str(ROOT)})
+                for start in ([str(ROOT / "chat.py")], ranks))
+    assert one.returncode == two.returncode == 1                # none.png
+    said = one.stdout.splitlines()
+    said.remove("saved: talk.html")                             # which no rank alone could draw
+    assert [line for line in two.stdout.splitlines() if line in said] == said, two.stdout + two.stderr
+    assert two.stderr.count("no image none.png") == two.stderr.count("each rank has a share of the heads") == 1
+    assert (tmp_path / "talk.json").exists()
+
+
+def test_what_ranks_cannot_share_is_refused(monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    model = load(SHIPPED)[0]
+    with pytest.raises(ValueError, match="3 ranks cannot share 4 heads of keys and values"):
+        split(model, torch.float32)
+    model.llama.__class__ = type("Other", (Llama,), {"through_layers": lambda self: None})
+    with pytest.raises(ValueError, match="several ranks share LLaMA's own layers alone"):
+        split(model, torch.float32)
+    for option in (["--int8"], ["--devices", "2"], ["--keep", "kept"], ["--page", "a.html"]):
+        monkeypatch.setattr(sys, "argv", ["chat.py", *option])
+        with pytest.raises(SystemExit):
+            read_options("")
+        assert f"{option[0]} is for one process" in capsys.readouterr().err

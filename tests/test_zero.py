@@ -145,6 +145,7 @@ def test_the_plan_says_what_fits(world):
     assert float(rows["ZeRO-2"][0]) == round(frozen, 1) and rows["ZeRO-2"][-1] == "much"
     assert float(rows["ZeRO-3"][0]) == round(frozen / 16, 1) and rows["ZeRO-3 --recompute"][-1] == "fits"
     assert "200,412 conversations" in printed and "9,390 steps" in printed
+    assert "/dev/shm of each machine: 2.47 GB at most for --workers 2" in printed   # 128 x 8 images of 448 x 448
 
 
 @pytest.mark.parametrize("key_value_heads", [8, 2])
