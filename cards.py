@@ -1,4 +1,4 @@
-"""How does 70b fit into the cards of one machine? By layers (`chat.py --devices N`), or by heads (`deepspeed chat.py`).
+"""How does 70b fit into the cards of one machine? By layers: `chat.py --devices N`; by heads: `deepspeed chat.py`.
 
 By layers, consecutive ones lie on consecutive cards:
 
@@ -6,9 +6,9 @@ By layers, consecutive ones lie on consecutive cards:
                  card 0                      │   card 1    │   │  card N - 1        card 0
 
 One card computes at a time, then hands its (L, C) on to the next one; keys and values lie beside their layer, as
-Cache in llama.py makes them. By heads, each card has a process of its own, a rank, and of every layer so many heads
-of attention and channels of the MLP. All compute at the same time and add up what they found, twice in each layer:
-this is DeepSpeed's tensor parallelism. All ranks hold the same conversation; rank 0 alone reads and prints lines.
+Cache in llama.py makes them. By heads, each card has a process of its own, a rank, and of every layer so many
+heads of attention and channels of the MLP. All compute at the same time and add up what they found, twice in each
+layer: DeepSpeed's tensor parallelism. All ranks hold the same conversation; rank 0 alone reads and prints lines.
 """
 import os
 import sys
@@ -31,14 +31,14 @@ def cards(count: int | None) -> list[torch.device]:
 
     Raises ValueError where it has fewer. (CUDA_VISIBLE_DEVICES chooses which ones there are.)
     """
-    kind = torch.accelerator.current_accelerator(check_available=True)
+    here = torch.accelerator.current_accelerator(check_available=True)
     if count is None:
-        return [kind or torch.device("cpu")]
-    there = torch.accelerator.device_count() if kind else 0
+        return [here or torch.device("cpu")]
+    there = torch.accelerator.device_count() if here else 0
     if not 1 <= count <= there:
         raise ValueError(f"--devices {count}: expected 1 or more, and this machine has {there} cards that PyTorch "
                          "can use")
-    return [torch.device(kind.type, i) for i in range(count)]
+    return [torch.device(here.type, i) for i in range(count)]
 
 
 def is_usual(llama: Llama) -> bool:
@@ -114,11 +114,12 @@ def split(model: VisualChat, dtype: torch.dtype) -> VisualChat:
     if not is_usual(llama):
         raise ValueError("several ranks share LLaMA's own layers alone, and here are more: start one process")
     if (heads := llama.config.num_key_value_heads) % n:
-        raise ValueError(f"{n} ranks cannot share {heads} heads of keys and values: start a number that divides them")
+        raise ValueError(f"{n} ranks cannot share {heads} heads of keys and values: take a divisor of {heads}")
     from zero import deepspeed, dist, start                     # here, since chat.py needs no deepspeed otherwise
     start()
-    deepspeed.init_inference(llama, dtype=dtype, tensor_parallel={"tp_size": n}, replace_with_kernel_inject=False,
-                             injection_policy={Layer: ("self_attn.o_proj", "mlp.down_proj")})   # where ranks add up
+    adding = {Layer: ("self_attn.o_proj", "mlp.down_proj")}     # of a layer, where ranks add up what they found
+    deepspeed.init_inference(llama, dtype=dtype, tensor_parallel={"tp_size": n}, injection_policy=adding,
+                             replace_with_kernel_inject=False)
     llama.config = replace(llama.config, num_key_value_heads=heads // n)        # what a Cache has room for
 
     def as_rank_0(head: nn.Module, given: tuple, logits: Tensor) -> Tensor:

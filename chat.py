@@ -149,7 +149,7 @@ class Chat:
             ids, kind = torch.tensor([whole.ids[fed:]], device=device), torch.tensor([whole.kind[fed:]])
             n_fed = whole.kind[:fed].count(IMAGE) // model.vit.config.n_queries
             files, digests = whole.images[n_fed:], [*self.digests, *new.digests][n_fed:]
-            # Under other forms of attention an image's keys depend on what was before it, so none is known.
+            # Under causal attention an image's keys depend on what was before it; `written` reads no known ones.
             is_mmca = model.llama.attention == "mmca"
             image_kv = self.album.find_all(digests) if is_mmca else None
             if files and image_kv is None:
@@ -276,7 +276,8 @@ def main():
         sys.exit(f"chat.py: {printable(str(error))}\nThis was with --compile; try without.")
     except KeyboardInterrupt:
         sys.exit(130)                                           # the exit status that shells give to Ctrl-C
-    sys.exit(0 if good else 1)
+    if not good:
+        sys.exit(1)
 
 
 if __name__ == "__main__":

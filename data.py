@@ -13,7 +13,6 @@ import random
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from itertools import groupby
 from multiprocessing import Array
 from typing import Protocol
 
@@ -146,17 +145,6 @@ def encode(rounds: list[Round], tokenizer: Tokenizer, n_tokens: int, limit: int 
         raise ValueError(f"the first round alone takes {len(new.ids)} positions, --positions and LLaMA allow "
                          f"{limit}: {len(rounds[0].images)} images and the question {rounds[0].question[:60]!r}")
     return out
-
-
-def marked(encoded: Encoded, tokenizer: Tokenizer) -> str:
-    """A conversation as text for readers: images by their files, what is learned in [[ ]]."""
-    text, images = "", iter(encoded.images)
-    for (kind, is_answer), run in groupby(zip(encoded.ids, encoded.kind, encoded.labels),
-                                          key=lambda position: (position[1], position[2] != IGNORE)):
-        ids = [position[0] for position in run]
-        words = "<s>" * ids.count(tokenizer.bos) + tokenizer.decode(ids) + "</s>" * ids.count(tokenizer.eos)
-        text += f"<{next(images)}>" if kind == IMAGE else f"[[{words}]]" if is_answer else words
-    return text
 
 
 # ---- which conversations, in which order ----

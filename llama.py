@@ -19,7 +19,7 @@ from sentencepiece import SentencePieceProcessor
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from mmca import IMAGE, TEXT, Layout, all_text, compact_attention, separate, written_attention
+from mmca import ATTENTION, IMAGE, TEXT, Layout, all_text, separate, written_attention
 from weights import by_name, load_strictly, read_json, read_tensors, sizes, without_values
 
 
@@ -84,15 +84,16 @@ class Cache:
     """Keys (after RoPE) and values of the tokens of some conversations, so that each token is computed only once.
 
     text[layer] (conversations, 2, H_kv, room, D) has room for `room` text tokens of each from the start; the room
-    in image[layer] grows when it is full. past[conversation] has the kinds of the tokens that are in. It changes
-    when a pass has gone through all layers, so a pass that is interrupted does not count. To take tokens back, put
-    an older `past` back. For passes without gradients.
+    in image[layer] grows when it is full. past[row] has the kinds of the tokens that are in. It changes when all
+    layers have passed, so a pass that is interrupted does not count. To take tokens back, put an older `past` back.
+    For passes without gradients.
     """
 
     def __init__(self, llama: "Llama", conversations: int, room: int):
         config, device = llama.config, llama.norm.weight.device
         likes = [layer.input_layernorm.weight for layer in llama.layers]    # Layers may lie on several cards.
-        make = Tensor.new_zeros if conversations > 1 else Tensor.new_empty  # decode.py reads room that is not used
+        # Of several, decode.py multiplies the room that is not used with 0, so numbers must stand there.
+        make = Tensor.new_zeros if conversations > 1 else Tensor.new_empty
         self.text, self.image = ([make(like, (conversations, 2, config.num_key_value_heads, n, config.head_dim))
                                   for like in likes] for n in (room, 0))
         self.past, self.room = [()] * conversations, room
@@ -106,22 +107,22 @@ class Cache:
         if (most := max(n_text for n_text, _ in self.counts)) > self.room:
             raise ValueError(f"{most} text tokens, but the cache has room for {self.room}")
 
-    def write_images(self, layer: int, number: int, kv: Tensor) -> Tensor:
+    def write_images(self, layer: int, row: int, kv: Tensor) -> Tensor:
         """Add kv (2, H_kv, tokens, D) of new image tokens to a conversation; returns that of all its images."""
-        after = self.counts[number][1]
-        if after > (room := self.image[layer].shape[3]):    # + 1: if just full, decode.py would compile anew.
+        after = self.counts[row][1]
+        if after > (room := self.image[layer].shape[3]):    # + 1: a part of it is then never the whole.
             self.image[layer] = F.pad(self.image[layer], (0, 0, 0, after + after // 2 + 1 - room))
-        image = self.image[layer][number, :, :, :after]
+        image = self.image[layer][row, :, :, :after]
         if kv.shape[2]:
             image[:, :, after - kv.shape[2]:] = kv
         return image
 
-    def extend(self, layer: int, number: int, text: tuple[Tensor, Tensor], image: tuple[Tensor, Tensor]) -> tuple:
-        """Add keys and values (1, H_kv, tokens, D) of new tokens to a conversation; returns those of all."""
-        after = self.counts[number][0]
-        kv = self.text[layer][number][:, None, :, :after]                       # (2, 1, H_kv, S, D)
-        kv[:, :, :, after - text[0].shape[2]:] = torch.stack(text)
-        return kv.unbind(), self.write_images(layer, number, torch.cat(image))[:, None].unbind()
+    def extend(self, layer: int, row: int, text: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:
+        """Add kv (2, H_kv, tokens, D) of new text and image tokens to a conversation; returns those of all."""
+        after = self.counts[row][0]
+        whole = self.text[layer][row, :, :, :after]
+        whole[:, :, after - text.shape[2]:] = text
+        return whole, self.write_images(layer, row, image)
 
     def newest_images(self, tokens: int) -> Tensor:
         """Keys before RoPE and values of the newest image tokens of a single conversation, for all layers:
@@ -144,8 +145,8 @@ class Cache:
         rope = self.rope[:, layout.position[n_text:], 0]                        # (2, tokens, D)
         for layer, (k, v) in enumerate(image_kv):
             kv = torch.stack((rotate(k, rope), v))
-            for number, part in enumerate(kv.split(counts, dim=2)):
-                self.write_images(layer, number, part)
+            for row, part in enumerate(kv.split(counts, dim=2)):
+                self.write_images(layer, row, part)
         return Layout(layout.index[:n_text], layout.position[:n_text],
                       [replace(segment, n_image=0) for segment in layout.segments])
 
@@ -292,9 +293,8 @@ class Llama(nn.Module):
 
     def through_layers(self, x: Tensor, layout: Layout, rows: Tensor | None, cache: Cache | None) -> Tensor:
         """x (L, C), ordered as `layout` says, to hidden states after the last norm, (L, C) or these rows of it."""
-        form, n_queries = compact_attention, layout.n_text
-        if self.attention == "written":
-            form, n_queries = written_attention, len(x)
+        form = ATTENTION[self.attention]
+        n_queries = len(x) if form is written_attention else layout.n_text      # the fast form asks for text alone
         rope = cache.rope[:, layout.position] if cache else rope_table(
             layout.position.to(x.device), self.config.head_dim, self.config.rope_theta)
 

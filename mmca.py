@@ -13,6 +13,7 @@ Figure 4. Next: llama.py.
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import groupby
 
 import torch
@@ -30,15 +31,15 @@ PAD, TEXT, IMAGE = 0, 1, 2
 
 # ---- the formula ----
 
-def matrix(kind: Tensor, past: int = 0) -> Tensor:
+def matrix(kind: Tensor, n_past: int = 0) -> Tensor:
     """Figure 4's M (B, T, S) for kind (B, S): 1 where M1 lets a query attend to a key, 2 where M2 does, else 0.
 
-    The queries are the last T = S - past positions. PAD attends to nothing, and nothing attends to it.
+    The queries are the last T = S - n_past positions. PAD attends to nothing, and nothing attends to it.
     """
     index = torch.arange(kind.shape[1], device=kind.device)
-    earlier = index[past:, None] >= index                                   # (T, S), a position itself included
-    itself = index[past:, None] == index
-    query, key = kind[:, past:, None], kind[:, None, :]
+    earlier = index[n_past:, None] >= index                                   # (T, S), a position itself included
+    itself = index[n_past:, None] == index
+    query, key = kind[:, n_past:, None], kind[:, None, :]
     m1 = ((query == TEXT) & (key == TEXT) & earlier) | ((query == IMAGE) & itself)
     m2 = (query == TEXT) & (key == IMAGE) & earlier
     return m1.to(torch.int8) + 2 * m2.to(torch.int8)
@@ -59,13 +60,13 @@ def scaled_scores(q: Tensor, k: Tensor) -> Tensor:
     return q @ k[:, :, None].float().mT * q.shape[-1] ** -0.5
 
 
-def mmca(q: Tensor, k: Tensor, v: Tensor, kind: Tensor, past: int = 0) -> Tensor:
+def mmca(q: Tensor, k: Tensor, v: Tensor, kind: Tensor, n_past: int = 0) -> Tensor:
     """Multi-modal causal attention (Figure 4), with both softmaxes written out.
 
-    q (B, H, T, D); k, v (B, H_kv, S, D), q and k after RoPE; kind (B, S). T = S - past: with a key/value cache
+    q (B, H, T, D); k, v (B, H_kv, S, D), q and k after RoPE; kind (B, S). T = S - n_past: with a key/value cache
     only the new positions are queries. Returns (B, H, T, D) in the type of k; PAD rows are zero.
     """
-    m = matrix(kind, past)[:, None, None]                                   # the same for all heads
+    m = matrix(kind, n_past)[:, None, None]                                   # the same for all heads
     scores = scaled_scores(q, k)
     v = v[:, :, None].float()
     out = masked_softmax(scores, m == 1) @ v + masked_softmax(scores, m == 2) @ v
@@ -90,23 +91,27 @@ class Segment:
     """One conversation's part of a batch. For [text, image, image, text, text] it has 3 text, 2 image tokens and
     two runs of text: one token without image tokens before it, two with two of them: runs = [(1, 0), (2, 2)]."""
     n_text: int                     # new tokens
-    n_image: int
+    n_image: int                    # new ones, too; 0 where all are known (Cache.insert_images in llama.py)
     runs: list[tuple[int, int]]     # (text tokens without an image between them, image tokens before them)
     kind: tuple[int, ...]           # of all tokens, first those that a key/value cache holds, then the new ones
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the L tokens of a batch stand in a flat list: first all text tokens, then all image tokens."""
+    """Where the L tokens of a batch stand in a flat list: first all text tokens, then all image tokens.
+
+    For [text, image, text] and [text, image] one after the other: index [0, 2, 3, 1, 4], position [0, 2, 0, 1, 1],
+    lengths [2, 1, 1, 1].
+    """
     index: Tensor                   # (L) where in the flattened batch each token comes from
     position: Tensor                # (L) its place in its own conversation, from 0
     segments: list[Segment]         # one per conversation
 
-    @property
+    @cached_property
     def n_text(self) -> int:
         return sum(segment.n_text for segment in self.segments)
 
-    @property
+    @cached_property
     def lengths(self) -> list[int]:
         """How the flat list is cut: the text of each conversation, then the images of each conversation."""
         return [segment.n_text for segment in self.segments] + [segment.n_image for segment in self.segments]
@@ -140,28 +145,28 @@ def separate(kind: Tensor, lengths: list[int] | None = None, past: list[tuple[in
     return Layout(index, position, segments)
 
 
-def by_conversation(x: Tensor, lengths: list[int]) -> list[Tensor]:
-    """A flat list (L, H, D), cut into pieces of these lengths: each (1, H, length, D)."""
-    return list(x.transpose(0, 1)[None].split(lengths, dim=2))
+def by_conversation(x: Tensor, lengths: list[int]) -> tuple[Tensor, ...]:
+    """A flat list (…, L, H, D), cut into pieces of these lengths: each (…, H, length, D)."""
+    return x.transpose(-3, -2).split(lengths, dim=-2)
 
 
-def keys_and_values(k: Tensor, v: Tensor, layout: Layout, extend: Callable | None) -> list[tuple]:
-    """From flat k and v, for each conversation (k, v) of its text and (k, v) of its images, (1, H_kv, tokens, D).
+def keys_and_values(k: Tensor, v: Tensor, layout: Layout, extend: Callable | None) -> list[tuple[Tensor, Tensor]]:
+    """From flat k and v, for each conversation those of its text and those of its images, (2, H_kv, tokens, D).
 
-    extend(number of the conversation, (k, v) of text, (k, v) of images) adds them to a key/value cache and returns
-    those of the past and the new ones (Cache.extend in llama.py).
+    extend(row of the conversation in a cache, its text's, its images') adds them to it, and returns those of the
+    past and the new ones (Cache.extend in llama.py).
     """
-    pairs = list(zip(by_conversation(k, layout.lengths), by_conversation(v, layout.lengths)))
-    both = list(zip(pairs[:len(layout.segments)], pairs[len(layout.segments):]))
-    return [extend(number, text, image) for number, (text, image) in enumerate(both)] if extend else both
+    parts, n = by_conversation(torch.stack((k, v)), layout.lengths), len(layout.segments)
+    both = list(zip(parts[:n], parts[n:]))
+    return [extend(row, *kv) for row, kv in enumerate(both)] if extend else both
 
 
 # ---- two forms of MMCA for a batch that was taken apart; llama.py can use either ----
 
 def in_order(text: Tensor, image: Tensor, kind: Tensor) -> Tensor:
-    """Text and image tokens of a conversation (1, H, tokens, D), put together as kind (S) says: (1, H, S, D)."""
-    whole = text.new_empty(1, text.shape[1], len(kind), text.shape[3])
-    whole[:, :, kind == TEXT], whole[:, :, kind == IMAGE] = text, image
+    """Text and image tokens of a conversation (…, H, tokens, D), put together as kind (S) says: (…, H, S, D)."""
+    whole = text.new_empty(*text.shape[:-2], len(kind), text.shape[-1])
+    whole[..., kind == TEXT, :], whole[..., kind == IMAGE, :] = text, image
     return whole
 
 
@@ -171,17 +176,17 @@ def written_attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout, extend: C
     q (L, H, D), k and v (L, H_kv, D), q and k after RoPE, ordered as `layout` says; extend as above.
     """
     queries, texts, images = by_conversation(q, layout.lengths), [], []
-    for number, (text, image) in enumerate(keys_and_values(k, v, layout, extend)):
-        segment = layout.segments[number]
+    for row, (text, image) in enumerate(keys_and_values(k, v, layout, extend)):
+        segment = layout.segments[row]
         kind = torch.tensor(segment.kind, device=q.device)                                       # (S)
-        past = len(kind) - segment.n_text - segment.n_image
-        new = kind[past:]                                                                        # (T)
-        query = in_order(queries[number], queries[number + len(layout.segments)], new)
-        key, value = (in_order(*pair, kind) for pair in zip(text, image))
-        out = mmca(query, key, value, kind[None], past)
-        texts.append(out[:, :, new == TEXT])
-        images.append(out[:, :, new == IMAGE])
-    return torch.cat(texts + images, dim=2)[0].transpose(0, 1)
+        n_past = len(kind) - segment.n_text - segment.n_image
+        new = kind[n_past:]                                                                        # (T)
+        query = in_order(queries[row], queries[row + len(layout.segments)], new)
+        key, value = in_order(text, image, kind)
+        out = mmca(query[None], key[None], value[None], kind[None], n_past)[0]
+        texts.append(out[:, new == TEXT])
+        images.append(out[:, new == IMAGE])
+    return torch.cat(texts + images, dim=1).transpose(0, 1)
 
 
 # The fast form computes the same with less work. An image token attends to one key, its own, and a softmax over
@@ -189,30 +194,32 @@ def written_attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout, extend: C
 # causal attention. All tokens of a run of text, between two images, attend to the same image tokens, so the second
 # softmax needs no mask. PyTorch's fused kernel does both parts best, and M is never built.
 
-def attend(q: Tensor, k: Tensor, v: Tensor, **mask) -> Tensor:
-    """PyTorch's fused softmax(QKᵀ / √D) V, with scores in float32; H/H_kv heads share their keys.
+def attend(q: Tensor, kv: Tensor, **mask) -> Tensor:
+    """PyTorch's fused softmax(QKᵀ / √D) V, scores in float32: q (H, T, D) and kv (2, H_kv, S, D) to (H, T, D).
 
-    mask: attn_mask or is_causal, as PyTorch calls them; without one every query attends to every key.
+    H/H_kv heads share their keys. mask: attn_mask or is_causal, as PyTorch calls them; without one every query
+    attends to every key.
     """
-    return F.scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[1] != k.shape[1], **mask)
+    k, v = kv[:, None]                                          # the kernel wants a batch dimension
+    return F.scaled_dot_product_attention(q[None], k, v, enable_gqa=len(q) != k.shape[1], **mask)[0]
 
 
-def attend_twice(q: Tensor, text: tuple[Tensor, Tensor], image: tuple[Tensor, Tensor], runs: list) -> Tensor:
-    """Both softmaxes for the new text tokens of one conversation, (1, H, T, D).
+def attend_twice(q: Tensor, text: Tensor, image: Tensor, runs: list) -> Tensor:
+    """Both softmaxes for the new text tokens of one conversation, (H, T, D).
 
-    q (1, H, T, D); keys and values of text (1, H_kv, S, D) and of images (1, H_kv, tokens, D), those of a cache
+    q (H, T, D); keys and values of text (2, H_kv, S, D) and of images (2, H_kv, tokens, D), those of a cache
     included; runs as in Segment.
     """
-    new, past = q.shape[2], text[0].shape[2] - q.shape[2]
+    new, n_past = q.shape[1], text.shape[2] - q.shape[1]
     # With a past, PyTorch's is_causal would align the triangle with the first key instead of the last one. A
     # single new token attends to all keys, which needs no mask.
-    mask = q.new_ones(new, past + new, dtype=torch.bool).tril(past) if past and new > 1 else None
-    out = attend(q, *text, attn_mask=mask, is_causal=not past)
-    if not image[0].shape[2] or not new:
+    mask = q.new_ones(new, n_past + new, dtype=torch.bool).tril(n_past) if n_past and new > 1 else None
+    out = attend(q, text, attn_mask=mask, is_causal=not n_past)
+    if not image.shape[2] or not new:
         return out
-    parts = [attend(part, *(x[:, :, :n_seen] for x in image)) if n_seen else torch.zeros_like(part)
-             for part, (_, n_seen) in zip(q.split([count for count, _ in runs], dim=2), runs)]
-    return out + torch.cat(parts, dim=2)
+    parts = [attend(part, image[:, :, :n_seen]) if n_seen else torch.zeros_like(part)
+             for part, (_, n_seen) in zip(q.split([count for count, _ in runs], dim=1), runs)]
+    return out + torch.cat(parts, dim=1)
 
 
 def compact_attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout, extend: Callable | None = None) -> Tensor:
@@ -222,8 +229,8 @@ def compact_attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout, extend: C
     """
     n_text = layout.n_text
     queries = by_conversation(q, [segment.n_text for segment in layout.segments])
-    texts = [attend_twice(query, *pairs, segment.runs)[0].transpose(0, 1)
-             for query, pairs, segment in zip(queries, keys_and_values(k, v, layout, extend), layout.segments)]
+    texts = [attend_twice(query, *kv, segment.runs).transpose(0, 1)
+             for query, kv, segment in zip(queries, keys_and_values(k, v, layout, extend), layout.segments)]
     if n_text == len(v):                                        # no new image
         return torch.cat(texts)
     # Each image token's output is its own value, which H/H_kv heads share.
@@ -231,11 +238,11 @@ def compact_attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout, extend: C
     return torch.cat((*texts, images))
 
 
-# The names for --attention; written: MMCA again, by `written_attention`. Another attention needs a name here and
-# either another kind, as `all_text` gives causal attention, or another form; Llama (llama.py) picks them by name.
-# (chat.py, page.py and evaluate.py ask for names, too: only under MMCA are an image's keys the same everywhere.)
-# A program that builds on this one can add the name of its own.
-ATTENTION = ["mmca", "causal", "written"]
+# The names for --attention, and the form that llama.py takes for each; causal attention is the same form for
+# another kind (`all_text`). A new attention gets its name and form here. decode.py has steps of its own that
+# compute what `compact_attention` does, chat.py keeps images' keys under MMCA alone, and page.py shows the second
+# softmax: what does not fit them changes `Llama.through_layers`, as experiments/cross.py does.
+ATTENTION = {"mmca": compact_attention, "causal": compact_attention, "written": written_attention}
 
 
 # ---- Figure 4, to look at ----

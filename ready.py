@@ -58,8 +58,8 @@ def is_unusable(path: Path, prefix: str) -> bool:
 
 def with_command(error: Exception, command: str) -> Exception:
     """The error with the command that gets what is absent or damaged; no command helps against other errors."""
-    kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
-    return kind(f"{error}. Get it with\n{command}") if isinstance(error, kind) else error
+    its_type = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
+    return its_type(f"{error}. Get it with\n{command}") if isinstance(error, its_type) else error
 
 
 def check_tower(given: str, repository: str, prefix: str, read: Callable, published) -> Finding:
@@ -105,7 +105,8 @@ def check_data(options: Options, name: str) -> Finding:
         if path.is_dir():
             counted.append(f", {len(file_names(path)):,} files in {path}")
             if not file_names(path):
-                raise FileNotFoundError(f"{path} is empty. Get {WHERE[path.relative_to(data).parts[0]]}")
+                first = path.relative_to(data).parts[0]
+                raise FileNotFoundError(f"{path} is empty. Get {WHERE.get(first, first)}")
         elif path.exists():                                     # else parquet files stand for it
             check_readable(path)
     return "ok", f"its files are there{''.join(counted)}; `python sources.py` looks into them"

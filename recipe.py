@@ -15,10 +15,10 @@ from sources import MIXTURES, SOURCES, dataset_names
 from visualchat import REPOSITORIES, VARIANTS
 
 
-def option(default, help: str, choices: list | None = None, least: float | None = None, kind: type | None = None):
-    """A flag: one of `choices`, or a finite number not below `least`; kind: its type, where default is None."""
+def option(default, help: str, choices: list | None = None, least: float | None = None, type_: type | None = None):
+    """A flag: one of `choices`, or a finite number not below `least`; type_: its own, where default is None."""
     return field(default=default, metadata={"help": help, "choices": choices, "least": least,
-                                            "kind": kind or type(default)})
+                                            "type": type_ or type(default)})
 
 
 @dataclass(frozen=True)
@@ -33,33 +33,34 @@ class Options:
     variant: str = option("", "a model that differs from the paper's, of a program that builds on this one",
                           list(VARIANTS))
     # On what?
-    data: str = option(None, "data folder; default data/tiny for tiny, else data", kind=str)
+    data: str = option(None, "data folder; default data/tiny for tiny, else data", type_=str)
     datasets: tuple[str, ...] = option((), "datasets or mixtures of them; default: as the paper for this size",
                                        [*SOURCES, *MIXTURES])
     skip_bad: bool = option(False, "leave out records that cannot be read, and say how many, instead of stopping")
     cache_features: str = option(None, "folder that keeps what the ViT makes of each image, so that it runs once; "
-                                       "default out/features for tiny, else none", kind=str)
+                                       "default out/features for tiny, else none", type_=str)
     seed: int = option(0, "of the validation split, the order and the projection's first values", least=0)
     # How?
-    epochs: int = option(None, "passes over the data; default 2 for tiny, else as in the paper", least=1, kind=int)
+    epochs: int = option(None, "passes over the data; default 2 for tiny, else as in the paper", least=1,
+                         type_=int)
     batch: int = option(None, "conversations per step, over all ranks; default 16 for tiny, else 128", least=1,
-                        kind=int)
+                        type_=int)
     positions: int = option(4096, "positions that a rank computes at a time, filled with whole conversations; "
                                   "longer ones lose their last rounds", least=1)
     lr: float = option(None, "peak learning rate, reached after a tenth of the steps, followed by a cosine; "
-                             "default 2e-3 for tiny, else 1e-3", least=0, kind=float)
+                             "default 2e-3 for tiny, else 1e-3", least=0, type_=float)
     embedding_lr: float = option(None, "that of the token embedding; default --lr / 4 for tiny, else --lr",
-                                 least=0, kind=float)
+                                 least=0, type_=float)
     workers: int = option(2, "processes per rank that open images", least=0)
     # Where?
     zero: int = option(3, "ZeRO stage: what the ranks share out among them", [0, 1, 2, 3])
-    precision: str = option(None, "default fp16 on a GPU, fp32 on a CPU", ["fp16", "bf16", "fp32"], kind=str)
+    precision: str = option(None, "default fp16 on a GPU, fp32 on a CPU", ["fp16", "bf16", "fp32"], type_=str)
     offload: str = option("", "where what a rank holds waits while the GPU does not need it", ["", "cpu", "nvme"])
     nvme: str = option("/local_nvme", "folder for --offload nvme")
     recompute: bool = option(False, "keep only each layer's input; compute the rest again in the backward pass")
     deepspeed_config: str = option("", "JSON file laid over the settings that DeepSpeed gets from here")
     show_config: bool = option(False, "print those settings and end")
-    out: str = option(None, "folder for the result; default out/<size>", kind=str)
+    out: str = option(None, "folder for the result; default out/<size>", type_=str)
     save_steps: int = option(100, "steps between checkpoints for --resume; each epoch ends with one, too", least=1)
     keep: int = option(2, "how many of the newest checkpoints to keep", least=1)
     resume: bool = option(False, "go on where a run into the same folder was stopped or killed")
@@ -122,7 +123,7 @@ def command_line(description: str) -> Options:
         # Both spellings, because the launcher writes --local_rank.
         flags = dict.fromkeys((f"--{f.name.replace('_', '-')}", f"--{f.name}"))
         how = (dict(action="store_true") if f.default is False else dict(nargs="+", type=str) if f.default == ()
-               else dict(type=f.metadata["kind"]))
+               else dict(type=f.metadata["type"]))
         parser.add_argument(*flags, default=f.default, help=f.metadata["help"], **how,
                             **({"choices": f.metadata["choices"]} if f.metadata["choices"] else {}))
     given = Options(**{name: tuple(value) if isinstance(value, list) else value

@@ -1,11 +1,11 @@
 """How does 7b fit into a laptop? Its weights stay in the 16 bits of their files, or take 8; use widens them.
 
-A linear layer's weight is most of a model, and is read once for each product. ShortLinear widens a few rows at a
-time, so only those ever exist in 32 bits. In 16 bits the values are those of the files, which are mapped into
-memory and not copied. In 8 bits each output channel has a scale of its own, and each weight is rounded to one of
-255 multiples of it. Single tokens are computed in FP32; prompts and images in BF16, which rounds once more, where
-the processor has instructions for it, because they are several times as fast. Side room of chat.py; decode.py
-compiles the same layers.
+"Short" weights have 16 or 8 bits. Linear layers' weights are most of a model, and are read once for each product.
+ShortLinear widens a few rows at a time, so only those ever exist in 32 bits. In 16 bits the values are those of
+the files, which are mapped into memory and not copied. In 8 bits each output channel has a scale of its own, and
+each weight is rounded to one of 255 multiples of it. Single tokens are computed in FP32; prompts and images in
+BF16, which rounds once more, where the processor has instructions for it, because they are several times as fast.
+Side room of chat.py; decode.py compiles the same layers.
 """
 from functools import cache
 from pathlib import Path
@@ -38,7 +38,7 @@ class ShortLinear(nn.Module):
         self.scale, self.bias = (t if t is None else nn.Parameter(t, requires_grad=False) for t in (scale, bias))
 
     def widened(self, dtype: torch.dtype) -> Tensor:
-        """The weight (out, in), scaled, since FP16 could not hold sums of products with whole numbers."""
+        """The weight (out, in), scaled before it is used: products with whole numbers up to 127 overflow FP16."""
         return (self.weight if self.scale is None else self.weight * self.scale[:, None]).to(dtype)
 
     def product(self, x: Tensor) -> Tensor:

@@ -20,16 +20,18 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
+from itertools import groupby
 from pathlib import Path
 from types import NoneType
 from typing import BinaryIO
 
 from tqdm import tqdm
 
-from data import MAX_POSITIONS, Conversation, ImageFile, Round, encode, marked
+from data import MAX_POSITIONS, Conversation, Encoded, ImageFile, Round, encode
 from llama import Tokenizer
+from mmca import IMAGE
 from pixels import MAX_BYTES, load_pixels
-from visualchat import REPOSITORIES
+from visualchat import IGNORE, REPOSITORIES
 from vit import VisionConfig, VisionTransformer
 from weights import find_weights, printable, read_json, replacing
 
@@ -540,6 +542,7 @@ SOURCES = {
         for part in (f"annotations/{name}.json", "images"))),
 }
 PAPER = tuple(SOURCES)[:9]      # a tenth dataset stands behind them in SOURCES and joins no mixture of the paper
+# Of `attention` and `single` the datasets are the same: the paper has two experiments with them.
 MIXTURES = {"attention": PAPER[:2], "single": PAPER[:2], "set1": PAPER[:8], "set2": PAPER}
 
 
@@ -581,6 +584,17 @@ def n_sharing(conversations: list[Conversation], others: list[Conversation]) -> 
 
 
 # ---- checking a data folder ----
+
+def marked(encoded: Encoded, tokenizer: Tokenizer) -> str:
+    """A conversation as text for readers: images by their files, what is learned in [[ ]]."""
+    text, images = "", iter(encoded.images)
+    for (kind, is_answer), run in groupby(zip(encoded.ids, encoded.kind, encoded.labels),
+                                          key=lambda position: (position[1], position[2] != IGNORE)):
+        ids = [position[0] for position in run]
+        words = "<s>" * ids.count(tokenizer.bos) + tokenizer.decode(ids) + "</s>" * ids.count(tokenizer.eos)
+        text += f"<{next(images)}>" if kind == IMAGE else f"[[{words}]]" if is_answer else words
+    return text
+
 
 def check_dataset(reader: Reader, tokenizer: Tokenizer, n_tokens: int, n_examples: int, open_images: bool) -> list:
     """A row of the table about one dataset; prints its examples and notes in `reader` what is wrong with it."""

@@ -36,7 +36,7 @@ except ImportError:
 
 
 GREETING = "Ask about the images; name an image file to add it."
-COMMANDS = {                                                    # the first name is that of a method of Terminal
+COMMANDS = {                                                    # the first name is that of a method, but /quit's
     ("/image",): "FILE…: show images", ("/images",): "which images are shown",
     ("/undo",): "take the last round back", ("/again",): "answer the last question again",
     ("/clear", "/new"): "start over, without images",

@@ -112,12 +112,12 @@ def train_step(engine, batches: list[dict], blank: dict) -> tuple[float, int]:
         mean += loss.detach()
         engine.backward(loss * dist.get_world_size())           # DeepSpeed takes the mean over ranks
         try:
-            engine.step()
+            engine.step()                                       # changes weights at the boundary alone
         except Exception as error:                              # DeepSpeed has no narrower one for this
             if "loss scale" not in str(error):
                 raise
-            raise ValueError("gradients overflow even at the least loss scale: try --precision bf16 or a lower "
-                             "--lr, into another --out") from error
+            raise ValueError("gradients overflow even at the least loss scale: try a lower --lr, or "
+                             "--precision bf16, into another --out") from error
     dist.all_reduce(mean)
     return mean.item(), int(totals[1])
 
@@ -176,8 +176,8 @@ def end_epoch(engine, train: Conversations, held_out: Conversations, options: Op
     """Evaluate, note it in the last row and for monitors; returns what to say; raises as `checked_step` does."""
     loss, exact = evaluate(engine, held_out, options)
     if not math.isfinite(loss):
-        raise ValueError(f"validation loss {loss} after step {rows[-1]['step']}: try --precision bf16 or a lower "
-                         "--lr, into another --out")
+        raise ValueError(f"validation loss {loss} after step {rows[-1]['step']}: try a lower --lr, or another "
+                         f"--precision than {options.precision}, into another --out")
     rows[-1] |= dict(val_loss=loss, exact_match=exact)
     engine.monitor.write_events([("Validation/loss", loss, engine.global_samples),
                                  ("Validation/exact_match", exact, engine.global_samples)])
@@ -195,8 +195,9 @@ def checked_step(engine, batches: list[dict], blank: dict, options: Options, row
     # In fp16 DeepSpeed skips a step whose gradients are not finite.
     norm = 0 if options.precision == "fp16" else engine.get_global_grad_norm() or 0
     if not math.isfinite(loss) or not math.isfinite(norm):
-        raise ValueError(f"loss {loss}, norm of gradients {norm} at step {row['step']}: try --precision bf16 or a "
-                         "lower --lr, into another --out. If an image is the cause, --cache-features names it")
+        raise ValueError(f"loss {loss}, norm of gradients {norm} at step {row['step']}: try a lower --lr, or "
+                         f"another --precision than {options.precision}, into another --out. If an image is the "
+                         "cause, --cache-features names it")
     scale = float(getattr(engine.optimizer, "loss_scale", 1)) if engine.fp16_enabled() else 1.0
     row |= dict(loss=loss, lr=lr, positions=positions, seconds=0, loss_scale=scale, skipped=engine.skipped_steps,
                 val_loss="", exact_match="")
@@ -317,8 +318,10 @@ def main():
         start()
         ended = run(options)
     except (OSError, ValueError) as error:
-        in_worker = str(error).startswith("Caught")             # then leave its traceback out
-        sys.exit(printable("train.py: " + str(error).strip().rpartition("ValueError: " if in_worker else "\0")[2]))
+        said = str(error).strip()
+        if said.startswith("Caught"):                           # in a worker: leave its traceback out
+            said = said.rpartition("ValueError: ")[2]
+        sys.exit(printable(f"train.py: {said}"))
     except RuntimeError as error:
         if str(error).startswith("DataLoader worker"):          # was killed; PyTorch says so wherever we are
             sys.exit(f"train.py: {failure_text(str(error))}")

@@ -81,7 +81,7 @@ class VisualChat(nn.Module):
         """First values of a fresh module: the projection makes image tokens as large as word embeddings."""
         if module is not self.projection:
             return module.reset_parameters()
-        std = self.llama.embed_tokens.weight.float().std().item()   # QWen-VL ends in a LayerNorm: variance 1
+        std = self.llama.embed_tokens.weight.float().std().item()   # QWen-VL ends in a LayerNorm: variance near 1
         nn.init.normal_(module.weight, std=std * self.vit.config.output_dim ** -0.5)
         nn.init.zeros_(module.bias)
 
@@ -207,7 +207,7 @@ def encoder_in(folder: Path) -> type:
     """The class of the visual encoder in a folder: that of QWen-VL, unless its config.json names another one."""
     path = folder / CONFIG
     described = read_json(path) if path.is_file() else {}
-    return next((kind for entry, kind in ENCODERS.items() if entry in described), VisionTransformer)
+    return next((encoder for entry, encoder in ENCODERS.items() if entry in described), VisionTransformer)
 
 
 def build(config: ModelConfig, dtype=torch.float32, device="cpu") -> VisualChat:

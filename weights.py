@@ -71,14 +71,14 @@ def read_json(path: Path, expected: type = dict):
     return found
 
 
-def sizes(kind: type, found: dict, source: Path):
-    """The dataclass `kind`, whose fields are all int or float, from what a configuration says.
+def sizes(config: type, found: dict, source: Path):
+    """The dataclass `config`, whose fields are all int or float, from what a configuration says.
 
     Raises ValueError where a value is absent that has no default, or is none that a model could have: a whole
     number from 1 to 2²⁰, at most 1,000 layers, where the field is an int, else a number above 0, at most 10¹².
     """
     bad = []
-    for field in fields(kind):
+    for field in fields(config):
         value, most = found.get(field.name), 1e12 if field.type is float else 2 ** 20
         most = 1000 if "layers" in field.name else most
         if field.name in found and not (type(value) in (int, field.type) and 0 < value <= most):
@@ -86,9 +86,9 @@ def sizes(kind: type, found: dict, source: Path):
     if bad:
         raise ValueError(f"{source} has {', '.join(bad)}, expected positive numbers, whole and not huge ones for "
                          "sizes")
-    if absent := [field.name for field in fields(kind) if field.name not in found and field.default is MISSING]:
+    if absent := [field.name for field in fields(config) if field.name not in found and field.default is MISSING]:
         raise ValueError(f"{source} lacks {', '.join(absent)}")
-    return kind(**{field.name: field.type(found[field.name]) for field in fields(kind) if field.name in found})
+    return config(**{field.name: field.type(found[field.name]) for field in fields(config) if field.name in found})
 
 
 # ---- where weights lie ----

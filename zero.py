@@ -2,8 +2,9 @@
 
 ZeRO shares out among the ranks what each of them would otherwise hold as a copy: from stage 1 on the moments and
 float32 masters of what trains, from stage 2 on its gradients, in stage 3 all weights, too, so that a layer is
-gathered from all ranks just before it runs. Frozen weights have no gradients and no moments, so with ZeRO-3 70b
-takes little more than its own 141 GB, the ViT included, on all GPUs together. Side room of train.py.
+gathered from all ranks just before it runs. Frozen weights have no gradients and no moments, so with ZeRO-3 70b's
+weights and moments take little more than its own 141 GB, the ViT included, on all GPUs together. Besides, each
+GPU keeps what the backward pass wants of its batch, which --recompute makes small. Side room of train.py.
 """
 import os
 import socket
@@ -260,14 +261,14 @@ def build_shared_out(config: ModelConfig, settings: dict) -> VisualChat:
             part = parameters[name].ds_tensor                   # this rank's part, a stretch of the flat tensor
             if part.final_location is not None:                 # It is on a drive: DeepSpeed must fetch it first.
                 with deepspeed.zero.GatheredParameters([parameters[name]], modifier_rank=0):
-                    if rank == 0:
+                    if rank == 0:                               # zeros: as below
                         check_numbers(name, tensor, folder)
-                        parameters[name].data.zero_()[:len(tensor)].copy_(tensor)   # zeros: as below
+                        parameters[name].data.zero_()[:len(tensor)].copy_(tensor)
             else:
                 own = tensor.flatten()[rank * part.numel():][:part.numel()]
                 check_numbers(name, own.to(part.dtype), folder)
                 part.data.flatten()[:len(own)].copy_(own)
-                part.data.flatten()[len(own):].zero_()          # behind the file's values: padding, or a variant's
+                part.data.flatten()[len(own):].zero_()          # behind the file's: padding, or a variant's rows
     for module in model.fresh:
         with deepspeed.zero.GatheredParameters([model.llama.embed_tokens.weight, *module.parameters()],
                                                modifier_rank=0):
@@ -377,5 +378,5 @@ def plan_text(options: Options) -> str:
         f"{', '.join(names)}:", f"{samples:,} conversations by the paper's count, {options.epochs} epochs: "
         f"{steps:,} steps of {options.batch} conversations with {options.length} positions (--length),",
         f"{positions:.2e} positions, {4 * (values['frozen'] - values['vit']) * positions:.2e} FLOPs in LLaMA's "
-        "matrices: per value and position 2 forward and 2 backward,",
+        "matrices, lm_head at all positions: per value and position 2 forward and 2 backward,",
         "since frozen weights get no gradient; with --recompute 2 more"])

@@ -46,6 +46,6 @@ def apply(name: str, experiment: Experiment):
     """Change this process: from now on its models and its data are those of the experiment."""
     VARIANTS[name] = experiment.variant or Variant()
     if experiment.attention and experiment.attention not in ATTENTION:
-        ATTENTION.append(experiment.attention)
+        ATTENTION[experiment.attention] = None      # its own `through_layers` has the form
     for old, new in experiment.swaps:
         swap(old, new)

@@ -45,10 +45,10 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))                       # for `python tests/fuzz.py`
 
 from chat import Chat                               # noqa: E402
-from data import Conversation, encode, marked       # noqa: E402
+from data import Conversation, encode               # noqa: E402
 from llama import Cache, Llama, LlamaConfig, Tokenizer      # noqa: E402
 from pixels import load_pixels, to_pixels           # noqa: E402
-from sources import Reader, encoded_images, file_names, llava, mimicit, sparkles        # noqa: E402
+from sources import Reader, encoded_images, file_names, llava, marked, mimicit, sparkles    # noqa: E402
 from terminal import Terminal, converse             # noqa: E402
 from visualchat import load, towers                 # noqa: E402
 from vit import IN_CONFIG, PREFIX, VisionConfig, VisionTransformer          # noqa: E402

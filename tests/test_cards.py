@@ -6,7 +6,6 @@ cannot be mixed with others, where it matters that all of them were moved. Ranks
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -152,8 +151,9 @@ def test_ranks_that_share_every_layer_hold_the_conversation_of_one_process(tmp_p
     lines = (f"{IMAGES[0]} {IMAGES[1]} Describe image 1.\nWhat changed from image 1 to image 2?\nnone.png\n/undo\n"
              f"{IMAGES[0]} Describe the image.\n/save talk.html\n/save talk.json\n")
     ranks = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(tmp_path / "shared_out.py")]
-    one, two = (subprocess.run([sys.executable, *start, "--model", str(SHIPPED)], cwd=tmp_path, input=lines, text=True,
-                               capture_output=True, timeout=300, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    settings = {**os.environ, "PYTHONPATH": str(ROOT)}
+    one, two = (subprocess.run([sys.executable, *start, "--model", str(SHIPPED)], cwd=tmp_path, input=lines,
+                               text=True, capture_output=True, timeout=300, env=settings)
                 for start in ([str(ROOT / "chat.py")], ranks))
     assert one.returncode == two.returncode == 1                # none.png
     said = one.stdout.splitlines()

@@ -8,10 +8,11 @@ from hypothesis import given, settings, strategies as st
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from data import (SYSTEM, Conversation, Conversations, Round, collate, encode, encode_round, line_ids,
-                  marked, order, pack, split, to_tensors)
+from data import (SYSTEM, Conversation, Conversations, Round, collate, encode, encode_round, line_ids, order, pack,
+                  split, to_tensors)
 from llama import Tokenizer
 from mmca import IMAGE, TEXT
+from sources import marked
 from visualchat import IGNORE
 from vit import VisionConfig
 from weights import find_weights

@@ -40,7 +40,7 @@ def applied(name):
             swap(new, old)
         del VARIANTS[name]
         if one.attention:
-            mmca.ATTENTION.remove(one.attention)
+            mmca.ATTENTION.pop(one.attention)
 
 
 def trained_names(model) -> set[str]:

@@ -56,7 +56,7 @@ def registered():
     for old, new in one.swaps:
         swap(new, old)
     del VARIANTS["cross"]
-    mmca.ATTENTION.remove("cross")
+    mmca.ATTENTION.pop("cross")
 
 
 def kind_of(letters):

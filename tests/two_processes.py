@@ -1,6 +1,6 @@
 """The whole suite in two processes, since most slow tests wait for programs that they start. conftest.py loads it.
 
-Both take one test file after another from a pipe. What the second process found is reported by the first at its end.
+Both take one test file after another from a pipe. What the second process found, the first reports at its end.
 """
 import json
 import os
