@@ -117,12 +117,12 @@ class Cache:
             image[:, :, after - kv.shape[2]:] = kv
         return image
 
-    def extend(self, layer: int, row: int, text: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:
-        """Add kv (2, H_kv, tokens, D) of new text and image tokens to a conversation; returns those of all."""
+    def extend(self, layer: int, row: int, text: tuple[Tensor, Tensor], image: tuple[Tensor, Tensor]) -> tuple:
+        """Add keys and values (1, H_kv, tokens, D) of new tokens to a conversation; returns those of all."""
         after = self.counts[row][0]
-        whole = self.text[layer][row, :, :, :after]
-        whole[:, :, after - text.shape[2]:] = text
-        return whole, self.write_images(layer, row, image)
+        kv = self.text[layer][row][:, None, :, :after]                          # (2, 1, H_kv, S, D)
+        kv[:, :, :, after - text[0].shape[2]:] = torch.stack(text)
+        return kv.unbind(), self.write_images(layer, row, torch.cat(image))[:, None].unbind()
 
     def newest_images(self, tokens: int) -> Tensor:
         """Keys before RoPE and values of the newest image tokens of a single conversation, for all layers:

@@ -37,7 +37,7 @@ def matrix(kind: Tensor, n_past: int = 0) -> Tensor:
     The queries are the last T = S - n_past positions. PAD attends to nothing, and nothing attends to it.
     """
     index = torch.arange(kind.shape[1], device=kind.device)
-    earlier = index[n_past:, None] >= index                                   # (T, S), a position itself included
+    earlier = index[n_past:, None] >= index                                 # (T, S), a position itself included
     itself = index[n_past:, None] == index
     query, key = kind[:, n_past:, None], kind[:, None, :]
     m1 = ((query == TEXT) & (key == TEXT) & earlier) | ((query == IMAGE) & itself)
@@ -66,7 +66,7 @@ def mmca(q: Tensor, k: Tensor, v: Tensor, kind: Tensor, n_past: int = 0) -> Tens
     q (B, H, T, D); k, v (B, H_kv, S, D), q and k after RoPE; kind (B, S). T = S - n_past: with a key/value cache
     only the new positions are queries. Returns (B, H, T, D) in the type of k; PAD rows are zero.
     """
-    m = matrix(kind, n_past)[:, None, None]                                   # the same for all heads
+    m = matrix(kind, n_past)[:, None, None]                                 # the same for all heads
     scores = scaled_scores(q, k)
     v = v[:, :, None].float()
     out = masked_softmax(scores, m == 1) @ v + masked_softmax(scores, m == 2) @ v
@@ -145,28 +145,28 @@ def separate(kind: Tensor, lengths: list[int] | None = None, past: list[tuple[in
     return Layout(index, position, segments)
 
 
-def by_conversation(x: Tensor, lengths: list[int]) -> tuple[Tensor, ...]:
-    """A flat list (…, L, H, D), cut into pieces of these lengths: each (…, H, length, D)."""
-    return x.transpose(-3, -2).split(lengths, dim=-2)
+def by_conversation(x: Tensor, lengths: list[int]) -> list[Tensor]:
+    """A flat list (L, H, D), cut into pieces of these lengths: each (1, H, length, D)."""
+    return list(x.transpose(0, 1)[None].split(lengths, dim=2))
 
 
-def keys_and_values(k: Tensor, v: Tensor, layout: Layout, extend: Callable | None) -> list[tuple[Tensor, Tensor]]:
-    """From flat k and v, for each conversation those of its text and those of its images, (2, H_kv, tokens, D).
+def keys_and_values(k: Tensor, v: Tensor, layout: Layout, extend: Callable | None) -> list[tuple]:
+    """From flat k and v, for each conversation (k, v) of its text and (k, v) of its images, (1, H_kv, tokens, D).
 
-    extend(row of the conversation in a cache, its text's, its images') adds them to it, and returns those of the
-    past and the new ones (Cache.extend in llama.py).
+    extend(row of the conversation in a cache, (k, v) of text, (k, v) of images) adds them to it, and returns those
+    of the past and the new ones (Cache.extend in llama.py).
     """
-    parts, n = by_conversation(torch.stack((k, v)), layout.lengths), len(layout.segments)
-    both = list(zip(parts[:n], parts[n:]))
-    return [extend(row, *kv) for row, kv in enumerate(both)] if extend else both
+    pairs = list(zip(by_conversation(k, layout.lengths), by_conversation(v, layout.lengths)))
+    both = list(zip(pairs[:len(layout.segments)], pairs[len(layout.segments):]))
+    return [extend(row, text, image) for row, (text, image) in enumerate(both)] if extend else both
 
 
 # ---- two forms of MMCA for a batch that was taken apart; llama.py can use either ----
 
 def in_order(text: Tensor, image: Tensor, kind: Tensor) -> Tensor:
-    """Text and image tokens of a conversation (…, H, tokens, D), put together as kind (S) says: (…, H, S, D)."""
-    whole = text.new_empty(*text.shape[:-2], len(kind), text.shape[-1])
-    whole[..., kind == TEXT, :], whole[..., kind == IMAGE, :] = text, image
+    """Text and image tokens of a conversation (1, H, tokens, D), put together as kind (S) says: (1, H, S, D)."""
+    whole = text.new_empty(1, text.shape[1], len(kind), text.shape[3])
+    whole[:, :, kind == TEXT], whole[:, :, kind == IMAGE] = text, image
     return whole
 
 
@@ -180,13 +180,13 @@ def written_attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout, extend: C
         segment = layout.segments[row]
         kind = torch.tensor(segment.kind, device=q.device)                                       # (S)
         n_past = len(kind) - segment.n_text - segment.n_image
-        new = kind[n_past:]                                                                        # (T)
+        new = kind[n_past:]                                                                      # (T)
         query = in_order(queries[row], queries[row + len(layout.segments)], new)
-        key, value = in_order(text, image, kind)
-        out = mmca(query[None], key[None], value[None], kind[None], n_past)[0]
-        texts.append(out[:, new == TEXT])
-        images.append(out[:, new == IMAGE])
-    return torch.cat(texts + images, dim=1).transpose(0, 1)
+        key, value = (in_order(*pair, kind) for pair in zip(text, image))
+        out = mmca(query, key, value, kind[None], n_past)
+        texts.append(out[:, :, new == TEXT])
+        images.append(out[:, :, new == IMAGE])
+    return torch.cat(texts + images, dim=2)[0].transpose(0, 1)
 
 
 # The fast form computes the same with less work. An image token attends to one key, its own, and a softmax over
@@ -194,32 +194,30 @@ def written_attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout, extend: C
 # causal attention. All tokens of a run of text, between two images, attend to the same image tokens, so the second
 # softmax needs no mask. PyTorch's fused kernel does both parts best, and M is never built.
 
-def attend(q: Tensor, kv: Tensor, **mask) -> Tensor:
-    """PyTorch's fused softmax(QKᵀ / √D) V, scores in float32: q (H, T, D) and kv (2, H_kv, S, D) to (H, T, D).
+def attend(q: Tensor, k: Tensor, v: Tensor, **mask) -> Tensor:
+    """PyTorch's fused softmax(QKᵀ / √D) V, with scores in float32; H/H_kv heads share their keys.
 
-    H/H_kv heads share their keys. mask: attn_mask or is_causal, as PyTorch calls them; without one every query
-    attends to every key.
+    mask: attn_mask or is_causal, as PyTorch calls them; without one every query attends to every key.
     """
-    k, v = kv[:, None]                                          # the kernel wants a batch dimension
-    return F.scaled_dot_product_attention(q[None], k, v, enable_gqa=len(q) != k.shape[1], **mask)[0]
+    return F.scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[1] != k.shape[1], **mask)
 
 
-def attend_twice(q: Tensor, text: Tensor, image: Tensor, runs: list) -> Tensor:
-    """Both softmaxes for the new text tokens of one conversation, (H, T, D).
+def attend_twice(q: Tensor, text: tuple[Tensor, Tensor], image: tuple[Tensor, Tensor], runs: list) -> Tensor:
+    """Both softmaxes for the new text tokens of one conversation, (1, H, T, D).
 
-    q (H, T, D); keys and values of text (2, H_kv, S, D) and of images (2, H_kv, tokens, D), those of a cache
+    q (1, H, T, D); keys and values of text (1, H_kv, S, D) and of images (1, H_kv, tokens, D), those of a cache
     included; runs as in Segment.
     """
-    new, n_past = q.shape[1], text.shape[2] - q.shape[1]
+    new, n_past = q.shape[2], text[0].shape[2] - q.shape[2]
     # With a past, PyTorch's is_causal would align the triangle with the first key instead of the last one. A
     # single new token attends to all keys, which needs no mask.
     mask = q.new_ones(new, n_past + new, dtype=torch.bool).tril(n_past) if n_past and new > 1 else None
-    out = attend(q, text, attn_mask=mask, is_causal=not n_past)
-    if not image.shape[2] or not new:
+    out = attend(q, *text, attn_mask=mask, is_causal=not n_past)
+    if not image[0].shape[2] or not new:
         return out
-    parts = [attend(part, image[:, :, :n_seen]) if n_seen else torch.zeros_like(part)
-             for part, (_, n_seen) in zip(q.split([count for count, _ in runs], dim=1), runs)]
-    return out + torch.cat(parts, dim=1)
+    parts = [attend(part, *(x[:, :, :n_seen] for x in image)) if n_seen else torch.zeros_like(part)
+             for part, (_, n_seen) in zip(q.split([count for count, _ in runs], dim=2), runs)]
+    return out + torch.cat(parts, dim=2)
 
 
 def compact_attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout, extend: Callable | None = None) -> Tensor:
@@ -229,8 +227,8 @@ def compact_attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout, extend: C
     """
     n_text = layout.n_text
     queries = by_conversation(q, [segment.n_text for segment in layout.segments])
-    texts = [attend_twice(query, *kv, segment.runs).transpose(0, 1)
-             for query, kv, segment in zip(queries, keys_and_values(k, v, layout, extend), layout.segments)]
+    texts = [attend_twice(query, *pairs, segment.runs)[0].transpose(0, 1)
+             for query, pairs, segment in zip(queries, keys_and_values(k, v, layout, extend), layout.segments)]
     if n_text == len(v):                                        # no new image
         return torch.cat(texts)
     # Each image token's output is its own value, which H/H_kv heads share.

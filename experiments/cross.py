@@ -46,16 +46,18 @@ class CrossAttention(Attention):
         q, k, v = (projected.unflatten(-1, (-1, self.head_dim))                 # (tokens, H or H_kv, D)
                    for projected in (self.q_proj(x), self.k_proj(images), self.v_proj(images)))
         queries = by_conversation(q, [segment.n_text for segment in layout.segments])
-        pairs = by_conversation(torch.stack((k, v)), [segment.n_image for segment in layout.segments])
+        keys, values = (by_conversation(part, [segment.n_image for segment in layout.segments]) for part in (k, v))
         # Under ZeRO-3 every trained parameter needs a gradient on all ranks, be it zero, also where no text of the
         # batch has an image before it. So q, k and v are part of the result in any case, by an empty stretch each.
         parts = [part[:0].flatten() for part in (q, k, v)]
         for number, segment in enumerate(layout.segments):
-            kv = write(number, pairs[number]) if write else pairs[number]       # (2, H_kv, tokens, D)
-            runs = queries[number].split([n for n, _ in segment.runs], dim=1)   # (H, run, D) each
+            kv = keys[number], values[number]                                   # (1, H_kv, tokens, D)
+            if write:
+                kv = write(number, torch.cat(kv))[:, None].unbind()
+            runs = queries[number].split([n for n, _ in segment.runs], dim=2)   # (1, H, run, D) each
             for query, (_, n_seen) in zip(runs, segment.runs):
-                out = attend(query, kv[:, :, :n_seen]) if n_seen else torch.zeros_like(query)
-                parts.append(out.transpose(0, 1).flatten())                     # (run · H · D)
+                out = attend(query, *(x[:, :, :n_seen] for x in kv)) if n_seen else torch.zeros_like(query)
+                parts.append(out.transpose(1, 2).flatten())                     # (run · H · D)
         return self.o_proj(torch.cat(parts).view_as(x))
 
 

@@ -463,8 +463,8 @@ def two_softmaxes(options):
     attend_twice = mmca_module.attend_twice
 
     def watched(q, text, image, runs):
-        out, alone = attend_twice(q, text, image, runs), attend_twice(q, text, image[:, :, :0], runs)
-        of_images.append((out - alone).transpose(0, 1).flatten(1))
+        out, none = attend_twice(q, text, image, runs), tuple(x[:, :, :0] for x in image)
+        of_images.append((out - attend_twice(q, text, none, runs))[0].transpose(0, 1).flatten(1))
         return out
 
     for layer in model.llama.layers:

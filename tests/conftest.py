@@ -36,9 +36,8 @@ def flat_form(form, q, k, v, kind, past=0):
 
     def extend(row, *new):
         """The past's keys and values before the new ones, as a key/value cache has them."""
-        before = torch.stack((k[row], v[row]))[:, :, :past]
-        return [torch.cat((before[:, :, kind[row, :past] == of_kind], part), dim=2)
-                for of_kind, part in zip((TEXT, IMAGE), new)]
+        return [[torch.cat((x[row:row + 1, :, :past][:, :, kind[row, :past] == of_kind], part), dim=2)
+                 for x, part in zip((k, v), pair)] for of_kind, pair in zip((TEXT, IMAGE), new)]
 
     flat_q, flat_k, flat_v = (x[:, :, -q.shape[2]:].transpose(1, 2).flatten(0, 1)[layout.index] for x in (q, k, v))
     flat_q = flat_q[:layout.n_text] if form is compact_attention else flat_q
