@@ -81,8 +81,9 @@ class KeptFeatures:
         return read_tensor(file, "features", self.shape)
 
     @torch.no_grad()
-    def fill(self, images: list[ImageFile], vit: VisionTransformer, skip_bad: bool = False, n: int = 16):
-        """Run the ViT, n images at a time, on those that have no file yet.
+    def fill(self, images: list[ImageFile], vit: VisionTransformer, skip_bad: bool = False):
+        """Run the ViT on those that have no file yet, one at a time: in a batch the last bits depend on its size, and
+        so on what was there before.
 
         Raises ValueError for an image that cannot be read or overflows the ViT's type, unless skip_bad is set.
         """
@@ -99,16 +100,14 @@ class KeptFeatures:
                 return None                     # `load` will find no file for this image and say so.
 
         with ThreadPoolExecutor(4) as pool:                     # An image may take half a GB while it is opened.
-            for i in tqdm(range(0, len(images), n), "features", leave=False):
-                if new := [found for found in pool.map(opened, images[i:i + n]) if found]:
-                    pixels = torch.stack([pixels for _, _, pixels in new]).to(weight.device)
-                    features = vit(normalized(pixels, weight.dtype)).half().cpu()
-                    for (image, file, _), values in zip(new, features):
-                        if values.isfinite().all():
-                            write_tensor(file, "features", values.clone())
-                        elif not skip_bad:
-                            raise ValueError(f"the ViT makes values of {image} that are no finite numbers: try "
-                                             "--precision bf16, or leave out what shows it with --skip-bad")
+            for i in tqdm(range(0, len(images), 16), "features", leave=False):      # so few wait in memory
+                for image, file, pixels in filter(None, pool.map(opened, images[i:i + 16])):
+                    values = vit(normalized(pixels[None].to(weight.device), weight.dtype))[0].half().cpu()
+                    if values.isfinite().all():
+                        write_tensor(file, "features", values)
+                    elif not skip_bad:
+                        raise ValueError(f"the ViT makes values of {image} that are no finite numbers: try "
+                                         "--precision bf16, or leave out what shows it with --skip-bad")
 
 
 # ---- for chat ----

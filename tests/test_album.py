@@ -15,7 +15,8 @@ from pixels import normalized
 from test_chat import ask
 from test_data import N, conversations_about
 from visualchat import save
-from weights import read_file
+from vit import VisionTransformer
+from weights import find_weights, read_file
 
 
 @pytest.fixture
@@ -114,7 +115,7 @@ def test_another_training_result_or_tower_has_another_fingerprint(overfitted, co
 def test_features_are_what_the_vit_makes_and_are_made_once(model, tokenizer, image_files, tmp_path, monkeypatch):
     vit, conversations = model.vit, conversations_about(image_files)
     features = KeptFeatures(tmp_path, vit)
-    features.fill(image_files, vit, n=3)
+    features.fill(image_files, vit)
     live, kept = (collate(list(Conversations(conversations, tokenizer, vit.config, features=given)))
                   for given in (None, features))
     assert "features" not in live and "images" not in kept and kept["features"].dtype == torch.float16
@@ -124,6 +125,15 @@ def test_features_are_what_the_vit_makes_and_are_made_once(model, tokenizer, ima
     features.fill(image_files, vit)                             # nothing is left to do
     model(**kept)
     assert len(list(tmp_path.rglob("*.safetensors"))) == len(image_files)
+
+
+def test_features_do_not_depend_on_what_was_kept_before(image_files, tmp_path):
+    vit = VisionTransformer.from_pretrained(find_weights("tiny/vit"))           # in batches its last bits differ
+    together, later = (KeptFeatures(tmp_path / name, vit) for name in ("together", "later"))
+    together.fill(image_files, vit)
+    later.fill(image_files[2:], vit)
+    later.fill(image_files, vit)
+    assert all(torch.equal(together.load(image), later.load(image)) for image in image_files)
 
 
 def test_features_belong_to_their_image_s_bytes_and_their_encoder(model, image_files, tmp_path):

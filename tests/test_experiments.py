@@ -151,7 +151,7 @@ def test_the_chat_template_is_that_of_llama_2_chat(tokenizer, image_files):
     rounds = [Round((), "Is it a cat?", "A cat."), Round(tuple(image_files[:2]), "What is it?", "A question.")]
     with applied("chat_template"):
         found = encode(rounds, tokenizer, 4)
-        text = data.marked(found, tokenizer)
+        text = sources.marked(found, tokenizer)
     a, b = image_files[:2]
     assert text == (f"<s>[INST] <<SYS>>\n{SYSTEM}\n<</SYS>>\n\nIs it a cat? [/INST][[A cat.</s>]]"
                     f"<s>[INST] Image 2:<{a}>\nImage 3:<{b}>\nWhat is it? [/INST][[A question.</s>]]".replace(
