@@ -542,7 +542,7 @@ SOURCES = {
         for part in (f"annotations/{name}.json", "images"))),
 }
 PAPER = tuple(SOURCES)[:9]      # a tenth dataset stands behind them in SOURCES and joins no mixture of the paper
-# Of `attention` and `single` the datasets are the same: the paper has two experiments with them.
+# `attention` and `single` are the same datasets, which the paper uses twice.
 MIXTURES = {"attention": PAPER[:2], "single": PAPER[:2], "set1": PAPER[:8], "set2": PAPER}
 
 
