@@ -105,7 +105,7 @@ def is_follower() -> bool:
     return n_ranks() > 1 and int(os.environ.get("RANK", 0)) > 0
 
 
-def split(model: VisualChat, dtype: torch.dtype) -> VisualChat:
+def divide(model: VisualChat, dtype: torch.dtype) -> VisualChat:
     """The model in `dtype` with this rank's share of each layer of LLaMA, and with all of everything else.
 
     Raises ValueError where the ranks cannot share the heads, and for a Llama with other things between its layers.

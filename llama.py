@@ -85,7 +85,7 @@ class Cache:
 
     text[layer] (conversations, 2, H_kv, room, D) has room for `room` text tokens of each from the start; the room
     in image[layer] grows when it is full. past[row] has the kinds of the tokens that are in. It changes when all
-    layers have passed, so a pass that is interrupted does not count. To take tokens back, put an older `past` back.
+    layers are done, so a pass that is interrupted does not count. To take tokens back, put an older `past` back.
     For passes without gradients.
     """
 

@@ -81,7 +81,7 @@ def looks_of(model: VisualChat, encoded: Encoded) -> Looks:
         raise ValueError("there is nothing to show: where a model looked is seen with an image, and with a model "
                          "that was trained with mmca and QWen-VL's encoder")
     if n_ranks() > 1:
-        raise ValueError("a rank has a share of the heads alone: /save FILE.json, and /load it where one process runs")
+        raise ValueError("a rank has a share of the heads alone: /save FILE.json, and /load it without ranks")
     device, vision = model.projection.weight.device, model.vit.config
     pixels = torch.stack([load_pixels(file, vision.image_size) for file in encoded.images]).to(device)
     tokens, patches = patches_of(model, pixels)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from cards import n_ranks, split, spread
+from cards import divide, n_ranks, spread
 from visualchat import ModelConfig, VisualChat, load
 
 PIECE = 1 << 18                 # so many values are widened at a time: as float32 they fit into a core's own cache
@@ -104,12 +104,12 @@ def free_memory(root: Path = Path("/")) -> float:
 def load_short(folder: Path, devices: list[torch.device], int8: bool) -> tuple[VisualChat, ModelConfig]:
     """A training result for chat: on a CPU with short weights, on cards in FP16.
 
-    int8: the towers' weights in 8 bits. Raises as `load` and `split` do, and ValueError where memory is too short.
+    int8: the towers' weights in 8 bits. Raises as `load` and `divide` do, and ValueError where memory is too short.
     """
     on_cpu = devices[0].type == "cpu"
     if n_ranks() > 1:
         model, config = load(folder, None)
-        return split(model, torch.float32 if on_cpu else torch.float16).to(devices[0]), config
+        return divide(model, torch.float32 if on_cpu else torch.float16).to(devices[0]), config
     if not (on_cpu or int8 or len(devices) > 1):
         return load(folder, torch.float16, devices[0])
     model, config = load(folder, None)

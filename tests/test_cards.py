@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as some
 from torch import Tensor
 
-from cards import cards, on_its_card, shares, split, spread
+from cards import cards, divide, on_its_card, shares, spread
 from chat import Chat
 from llama import Llama, Pass, Tokenizer
 from page import looks_of
@@ -167,10 +167,10 @@ def test_what_ranks_cannot_share_is_refused(monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "3")
     model = load(SHIPPED)[0]
     with pytest.raises(ValueError, match="3 ranks cannot share 4 heads of keys and values"):
-        split(model, torch.float32)
+        divide(model, torch.float32)
     model.llama.__class__ = type("Other", (Llama,), {"through_layers": lambda self: None})
     with pytest.raises(ValueError, match="several ranks share LLaMA's own layers alone"):
-        split(model, torch.float32)
+        divide(model, torch.float32)
     for option in (["--int8"], ["--devices", "2"], ["--keep", "kept"], ["--page", "a.html"]):
         monkeypatch.setattr(sys, "argv", ["chat.py", *option])
         with pytest.raises(SystemExit):
