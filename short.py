@@ -104,7 +104,7 @@ def free_memory(root: Path = Path("/")) -> float:
 def load_short(folder: Path, devices: list[torch.device], int8: bool) -> tuple[VisualChat, ModelConfig]:
     """A training result for chat: on a CPU with short weights, on cards in FP16.
 
-    int8: the towers' weights in 8 bits. Raises as `load` and `divide` do, and ValueError where memory is too short.
+    int8: towers in 8 bits. Raises as `load` and `divide` do, and ValueError where memory is too short.
     """
     on_cpu = devices[0].type == "cpu"
     if n_ranks() > 1:
