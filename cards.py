@@ -10,8 +10,10 @@ Cache in llama.py makes them. By heads, each card has a process of its own, a ra
 heads of attention and channels of the MLP. All compute at the same time and add up what they found, twice in each
 layer: DeepSpeed's tensor parallelism. All ranks hold the same conversation; rank 0 alone reads and prints lines.
 """
+import atexit
 import os
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import timedelta
@@ -20,7 +22,7 @@ from functools import cache
 import torch
 from torch import Tensor, nn
 
-from llama import Layer, Llama
+from llama import Llama
 from visualchat import VisualChat
 
 
@@ -115,11 +117,16 @@ def divide(model: VisualChat, dtype: torch.dtype) -> VisualChat:
         raise ValueError("several ranks share LLaMA's own layers alone, and here are more: start one process")
     if (heads := llama.config.num_key_value_heads) % n:
         raise ValueError(f"{n} ranks cannot share {heads} heads of keys and values: take a divisor of {heads}")
-    from zero import deepspeed, dist, start                     # here, since chat.py needs no deepspeed otherwise
+    from deepspeed.module_inject.layers import LinearAllreduce, LinearLayer     # here, since chat.py needs no
+    from deepspeed.module_inject.tp_shard import AutoTPMeta                     # deepspeed otherwise
+
+    from zero import dist, start
     start()
-    adding = {Layer: ("self_attn.o_proj", "mlp.down_proj")}     # of a layer, where ranks add up what they found
-    deepspeed.init_inference(llama, dtype=dtype, tensor_parallel={"tp_size": n}, injection_policy=adding,
-                             replace_with_kernel_inject=False)
+    ranks, meta = dist.new_group(list(range(n))), AutoTPMeta(num_kv_heads=heads)        # whole heads to each rank
+    for part in (part for layer in llama.layers for part in (layer.self_attn, layer.mlp)):
+        for name, linear in list(part.named_children()):        # ranks add up what o_proj and down_proj give
+            share = LinearAllreduce if name in ("o_proj", "down_proj") else LinearLayer
+            setattr(part, name, share(linear, ranks, name=name, tp_meta=meta))
     llama.config = replace(llama.config, num_key_value_heads=heads // n)        # what a Cache has room for
 
     def as_rank_0(head: nn.Module, given: tuple, logits: Tensor) -> Tensor:
@@ -157,3 +164,4 @@ def silence_followers():
     """Rank 0 prints; the others say nothing, not even an error, which rank 0 has as well."""
     if is_follower():
         sys.stdout = sys.stderr = open(os.devnull, "w")
+        atexit.register(time.sleep, 1)      # The launcher ends all where one ends badly: rank 0 must have spoken.
