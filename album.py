@@ -82,8 +82,8 @@ class KeptFeatures:
 
     @torch.no_grad()
     def fill(self, images: list[ImageFile], vit: VisionTransformer, skip_bad: bool = False):
-        """Run the ViT on those that have no file yet, one at a time: in a batch the last bits depend on its size,
-        and so on what was there before.
+        """Run the ViT on those that have no file yet, one at a time: in a batch the last bits differ from those
+        of an image alone, so they would depend on what was there before.
 
         Raises ValueError for an image that cannot be read or overflows the ViT's type, unless skip_bad is set.
         """
