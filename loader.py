@@ -85,6 +85,10 @@ def loader(conversations: Conversations, indices: list[int], options: Options) -
                               num_workers=options.workers, collate_fn=partial(packed, positions=options.positions),
                               worker_init_fn=ignore_signals, pin_memory=torch.cuda.is_available(),
                               timeout=600 if options.workers else 0)    # seconds, then a worker counts as lost
+    except (ConnectionError, EOFError) as error:                # a worker was killed while it passed a batch on
+        if not options.workers or "in DataLoader worker process" in str(error):     # what is opened fails so
+            raise
+        raise ValueError(failure_text(f"DataLoader worker is gone ({type(error).__name__})")) from error
     except RuntimeError as error:
         if "DataLoader" not in str(error) or str(error).startswith("Caught"):       # an error within a worker
             raise

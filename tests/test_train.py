@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 import train
 from data import Conversations
+from loader import loader
 from mmca import IMAGE
 from recipe import Options, for_size
 from tiny.world import write_world
@@ -212,6 +213,23 @@ def test_a_worker_that_is_killed_ends_training_with_a_line_that_says_what_to_do(
     assert run.returncode == 1 and "Traceback" not in printed, printed
     assert "train.py: the processes that open images failed: DataLoader worker" in printed
     assert "--workers 0" in printed
+
+
+@pytest.mark.parametrize("error", [ConnectionResetError(104, "Connection reset by peer"), EOFError()])
+def test_a_worker_that_is_killed_while_it_passes_a_batch_on_is_named_too(monkeypatch, error):
+    class Broken:
+        def __init__(self, *_, **__):
+            pass
+
+        def __iter__(self):
+            raise error
+
+    monkeypatch.setattr("loader.DataLoader", Broken)
+    monkeypatch.setattr("loader.dist.get_world_size", lambda: 1)
+    with pytest.raises(ValueError, match=f"that open images failed: .*{type(error).__name__}.*--workers 0"):
+        next(loader([], [], for_size(Options("tiny", workers=2))))
+    with pytest.raises(type(error)):                                # nobody else opens images
+        next(loader([], [], for_size(Options("tiny", workers=0))))
 
 
 def test_where_workers_cannot_pass_images_on_training_ends_at_once_and_says_why(world):
