@@ -154,7 +154,9 @@ class Album:
     def find_all(self, digests: list[str]) -> Tensor | None:
         """Keys and values of these images, one after the other in dimension 3; None unless all are known."""
         parts = [self.find(digest) for digest in digests]
-        return None if not parts or any(part is None for part in parts) else torch.cat(parts, dim=3)
+        if not parts or any(part is None for part in parts):
+            return None
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=3)         # `cat` would copy a single one
 
     def add(self, digests: list[str], image_kv: Tensor):
         """Remember images by their keys and values, one after the other in dimension 3."""

@@ -63,6 +63,7 @@ class Chat:
         self.rounds: list[Answered] = []
         self.left = Answered((), (), "")    # the images of rounds that were left out; they stay
         self.cache = Cache(model.llama, 1, self.limit)
+        self.unkept: list[str] = []     # digests of the newest images in the cache that are not in the album yet
         self.running = (piece for piece in ())                  # the last answer, which may be half read
         self.config: ModelConfig | None = None                  # of the training result that `open` loaded
 
@@ -156,8 +157,6 @@ class Chat:
                 images = torch.stack([load_pixels(file, model.vit.config.image_size) for file in files])
                 tokens = model.image_tokens(images.to(device))          # (images, n_queries, C)
                 logits = model.prefill(model.embed(ids, kind, tokens), kind, self.cache)
-                if is_mmca:
-                    self.album.add(digests, self.cache.newest_images(tokens.shape[0] * tokens.shape[1]))
             else:
                 logits = model.prefill(model.llama.embed_tokens(ids), kind, self.cache, image_kv=image_kv)
             check_logits(logits)
@@ -166,8 +165,19 @@ class Chat:
             self.cache.past = past if self.rounds is rounds else [()]
             self.rounds, self.left = rounds, left
             raise
-        self.rounds = [*self.rounds, new]
+        self.rounds, self.unkept = [*self.rounds, new], digests if is_mmca and image_kv is None else []
         return logits
+
+    def keep_images(self):
+        """Put the newest images into the album, if they are not there yet."""
+        if self.unkept:
+            tokens = len(self.unkept) * self.model.vit.config.n_queries
+            self.album.add(self.unkept, self.cache.newest_images(tokens))
+            self.unkept = []
+        try:
+            self.album.save()
+        except OSError as error:                                # The conversation does not need what is kept.
+            warnings.warn(str(error))
 
     def answer(self, logits: Tensor, one: Answered, started: float) -> Iterator[int]:
         """The ids of the answer. However it ends, with Ctrl-C, too, the round has all of them."""
@@ -189,10 +199,7 @@ class Chat:
         try:
             yield from self.tokenizer.pieces(self.answer(logits, self.rounds[-1], started))
         finally:
-            try:
-                self.album.save()                               # after the answer, which should not wait for it
-            except OSError as error:                            # The conversation does not need what is kept.
-                warnings.warn(str(error))
+            self.keep_images()                                  # after the answer, which should not wait for it
 
     def stream(self, question: str, *images) -> Iterator[str]:
         """Show images (str, Path or PIL image), ask, and yield the answer piece by piece.

@@ -100,6 +100,17 @@ def test_what_was_seen_is_kept_even_if_the_file_changes_while_the_answer_is_made
     assert list(chat.album.known) == [digest(image_files[0])]
 
 
+def test_an_answer_that_is_not_read_to_its_end_leaves_its_images_known(chat, image_files):
+    answer = chat.stream("?", image_files[0])
+    next(answer)
+    chat.ask("?", image_files[1])                               # the first answer ends here
+    kept, chat.album.known = chat.album.known, {}
+    chat.clear()
+    for file in image_files[:2]:
+        chat.ask("?", file)
+        torch.testing.assert_close(kept[digest(file)], chat.album.known[digest(file)], atol=1e-4, rtol=1e-4)
+
+
 def test_another_training_result_or_tower_has_another_fingerprint(overfitted, config, tmp_path):
     parts = {name: p for name, p in overfitted[2].named_parameters() if p.requires_grad}
     names = []
