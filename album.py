@@ -114,14 +114,14 @@ class KeptFeatures:
 
 def fingerprint(folder: Path, config: ModelConfig) -> str:
     """A name that changes with the training result in a folder, and with the weights of its towers."""
-    digest = hashlib.sha256(b"3" + (folder / TRAINED).read_bytes())     # count up as above, or with Album's files
+    digest = hashlib.sha256(b"3" + (folder / TRAINED).read_bytes())     # count up as KeptFeatures does, or with Album's files
     for file in (file for tower in towers(config) for file in sorted(tower.iterdir())):
         digest.update(f"{file.absolute()} {file.stat().st_size} {file.stat().st_mtime_ns}".encode())
     return digest.hexdigest()[:16]
 
 
 class Album:
-    """The newest images in memory, and all of them in a folder, if one is given.
+    """The images that were used last in memory, and all of them in a folder, if one is given.
 
     Chat computes all images of a round anew if one of them is unknown: one pass over all is simpler, and a round
     rarely mixes old and new ones. Raises OSError where the folder cannot be made.
@@ -149,6 +149,8 @@ class Album:
                         llama.head_dim)
             with contextlib.suppress(ValueError):
                 self.remember(digest, read_tensor(file, "image_kv", expected).to(self.model.projection.weight))
+        if digest in self.known:
+            self.remember(digest, self.known.pop(digest))       # it is the newest again
         return self.known.get(digest)
 
     def find_all(self, digests: list[str]) -> Tensor | None:

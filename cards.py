@@ -18,6 +18,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from datetime import timedelta
 from functools import cache
+from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
@@ -44,7 +45,7 @@ def cards(count: int | None) -> list[torch.device]:
 
 
 def is_usual(llama: Llama) -> bool:
-    """Whether x passes through LLaMA's layers and nothing else, as this file and decode.py have it."""
+    """Whether this Llama runs its layers and nothing else, which this file and decode.py build on."""
     return type(llama).through_layers is Llama.through_layers
 
 
@@ -54,14 +55,12 @@ def shares(sizes: list[int], first: int, n: int) -> list[int]:
     sizes: bytes of the layers; first: bytes that the first card holds besides. If that is more than its share, the
     layers go to the others.
     """
-    mean, held, found = (sum(sizes) + first) / n, first, []
+    mean = (sum(sizes) + first) / n
     if n > 1 and first >= mean:
         return [1 + card for card in shares(sizes, 0, n - 1)]
-    for size in sizes:
-        # By the middle of the layer; the last card takes what rounding leaves.
-        found.append(max(min(int((held + size / 2) / mean), n - 1), found[-1] if found else 0))
-        held += size
-    return found
+    # By the middle of the layer; the last card takes what rounding leaves.
+    return [min(int((held + size / 2) / mean), n - 1)
+            for size, held in zip(sizes, accumulate(sizes, initial=first))]
 
 
 def on_its_card(layer: nn.Module, given: tuple) -> tuple:
@@ -73,7 +72,7 @@ def on_its_card(layer: nn.Module, given: tuple) -> tuple:
 
 
 def spread(model: VisualChat, devices: list[torch.device]) -> VisualChat:
-    """The model on these devices: LLaMA's layers in equal shares on all, everything else on the first one.
+    """The model on these devices: all hold about as much; what is no layer is on the first one.
 
     Raises ValueError for several devices and a Llama with other things between its layers.
     """
@@ -107,37 +106,6 @@ def is_follower() -> bool:
     return n_ranks() > 1 and int(os.environ.get("RANK", 0)) > 0
 
 
-def divide(model: VisualChat, dtype: torch.dtype) -> VisualChat:
-    """The model in `dtype` with this rank's share of each layer of LLaMA, and with all of everything else.
-
-    Raises ValueError where the ranks cannot share the heads, and for a Llama with other things between its layers.
-    """
-    llama, n = model.to(dtype).llama, n_ranks()
-    if not is_usual(llama):
-        raise ValueError("several ranks share LLaMA's own layers alone, and here are more: start one process")
-    if (heads := llama.config.num_key_value_heads) % n:
-        raise ValueError(f"{n} ranks cannot share {heads} heads of keys and values: take a divisor of {heads}")
-    from deepspeed.module_inject.layers import LinearAllreduce, LinearLayer     # here, since chat.py needs no
-    from deepspeed.module_inject.tp_shard import AutoTPMeta                     # deepspeed otherwise
-
-    from zero import dist, start
-    start()
-    ranks, meta = dist.new_group(list(range(n))), AutoTPMeta(num_kv_heads=heads)        # whole heads to each rank
-    for part in (part for layer in llama.layers for part in (layer.self_attn, layer.mlp)):
-        for name, linear in list(part.named_children()):        # ranks add up what o_proj and down_proj give
-            share = LinearAllreduce if name in ("o_proj", "down_proj") else LinearLayer
-            setattr(part, name, share(linear, ranks, name=name, tp_meta=meta))
-    llama.config = replace(llama.config, num_key_value_heads=heads // n)        # what a Cache has room for
-
-    def as_rank_0(head: nn.Module, given: tuple, logits: Tensor) -> Tensor:
-        """The same logits on all ranks to the bit, so that all choose the same token and end together."""
-        dist.broadcast(logits, 0)
-        return logits
-
-    llama.lm_head.register_forward_hook(as_rank_0)
-    return model
-
-
 @cache
 def waiting_ranks():
     """The ranks as a group in which nobody minds waiting for a person."""
@@ -160,8 +128,40 @@ def of_rank_0(ask: Callable[[], str]) -> str:
     return found[0]
 
 
+def divide(model: VisualChat, dtype: torch.dtype) -> VisualChat:
+    """The model in `dtype` with this rank's share of each layer of LLaMA, and with all of everything else.
+
+    Raises ValueError where the ranks cannot share the heads, and for a Llama with other things between its layers.
+    """
+    llama, n = model.to(dtype).llama, n_ranks()
+    if not is_usual(llama):
+        raise ValueError("several ranks share LLaMA's own layers alone, and here are more: start one process")
+    if (heads := llama.config.num_key_value_heads) % n:
+        raise ValueError(f"{n} ranks cannot share {heads} heads of keys and values: take a divisor of {heads}")
+    from deepspeed.module_inject.layers import LinearAllreduce, LinearLayer     # here, since chat.py needs no
+    from deepspeed.module_inject.tp_shard import AutoTPMeta                     # deepspeed otherwise
+
+    from zero import dist, start
+    start()
+    torch.manual_seed(int(of_rank_0(lambda: str(torch.initial_seed()))))      # where tokens are drawn
+    ranks, meta = dist.new_group(list(range(n))), AutoTPMeta(num_kv_heads=heads)        # whole heads to each rank
+    for part in (part for layer in llama.layers for part in (layer.self_attn, layer.mlp)):
+        for name, linear in list(part.named_children()):        # ranks add up what o_proj and down_proj give
+            share = LinearAllreduce if name in ("o_proj", "down_proj") else LinearLayer
+            setattr(part, name, share(linear, ranks, name=name, tp_meta=meta))
+    llama.config = replace(llama.config, num_key_value_heads=heads // n)        # what a Cache has room for
+
+    def as_rank_0(head: nn.Module, given: tuple, logits: Tensor) -> Tensor:
+        """The same logits on all ranks to the bit, so that all choose the same token and end together."""
+        dist.broadcast(logits, 0)
+        return logits
+
+    llama.lm_head.register_forward_hook(as_rank_0)
+    return model
+
+
 def silence_followers():
-    """Rank 0 prints; the others say nothing, not even an error, which rank 0 has as well."""
+    """Rank 0 prints; the others say nothing, not even an error, which rank 0 has as well (but one of memory)."""
     if is_follower():
         sys.stdout = sys.stderr = open(os.devnull, "w")
         atexit.register(time.sleep, 1)      # The launcher ends all where one ends badly: rank 0 must have spoken.

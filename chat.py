@@ -61,7 +61,7 @@ class Chat:
         self.sampling, self.max_new_tokens = Sampling(), 512
         self.forgets = False        # whether the oldest rounds are left out where the context is full
         self.rounds: list[Answered] = []
-        self.left = Answered((), (), "")    # the images of rounds that were left out; they stay
+        self.left = Answered((), (), "")    # images of rounds that were left out; they stay
         self.cache = Cache(model.llama, 1, self.limit)
         self.unkept: list[str] = []     # digests of the newest images in the cache that are not in the album yet
         self.running = (piece for piece in ())                  # the last answer, which may be half read
@@ -276,6 +276,8 @@ def main():
                 write(chat, path)
                 say(f"saved: {path}")
     except (OSError, ValueError, torch.OutOfMemoryError) as error:
+        if isinstance(error, torch.OutOfMemoryError):           # a rank that is silent may be the only one to know
+            sys.stderr = sys.__stderr__
         sys.exit(f"chat.py: {printable(str(error))}")
     except RuntimeError as error:                               # PyTorch's error when a compiler fails
         if not options.compile:

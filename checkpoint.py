@@ -149,6 +149,9 @@ def writing(folder: Path) -> Iterator[None]:
 
 # ---- log.csv, which goes on after a kill, too, and loss.png ----
 
+LOG = ("step", "epoch", "loss", "lr", "positions", "seconds", "loss_scale", "skipped", "val_loss", "exact_match")
+
+
 def write_log(rows: list[dict], path: Path):
     with replacing(path) as unfinished, open(unfinished, "w", newline="") as file:
         writer = csv.DictWriter(file, rows[0].keys())
@@ -163,8 +166,11 @@ def read_log(path: Path, step: int) -> list[dict]:
     types = dict(step=int, epoch=int, positions=int, skipped=int)
     try:
         with open(path) as file:
-            return [{name: value and types.get(name, float)(value) for name, value in row.items()}
-                    for row in csv.DictReader(file) if int(row["step"]) <= step]
+            reader = csv.DictReader(file)
+            if tuple(reader.fieldnames or ()) != LOG:
+                raise ValueError(f"expected the columns {', '.join(LOG)}")
+            return [{name: value if value == "" and name in LOG[-2:] else types.get(name, float)(value)
+                     for name, value in row.items()} for row in reader if int(row["step"]) <= step]
     except (ValueError, TypeError, LookupError, AttributeError, csv.Error) as error:
         raise ValueError(f"{path} is no log of a run: delete it, and the run goes on without: {error}") from error
 
@@ -245,7 +251,7 @@ def latest(options: Options, say: Callable[[str], None] = print) -> dict | None:
         return None
     if progress["template"] != TEMPLATE:
         raise ValueError(f"{options.out} was started with version {progress['template']} of the prompt template, "
-                         f"and data.py has version {TEMPLATE}: delete {folder} and start again")
+                         f"and this code has version {TEMPLATE}: delete {folder} and start again")
     if not options.resume:
         raise ValueError(f"{options.out} holds a run that stopped at step {progress['step']}: go on with "
                          f"--resume, start another with another --out, or delete {folder}")

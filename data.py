@@ -116,6 +116,8 @@ def encode_round(round_: Round, n_before: int, is_first: bool, tokenizer: Tokeni
     compares the logits of each position with the label of the next one. In chat the round has no answer yet; it
     then ends at the colon, and the model goes on from there.
 
+    Whoever changes this counts up TEMPLATE in visualchat.py, so that no older result is used with it.
+
     Every round starts with <s>, the tokenizer's BOS, because the paper's released code tokenizes each round by
     itself and then puts the rounds together. So a round in chat has the ids that the model was trained on.
     """
@@ -133,8 +135,10 @@ def encode_round(round_: Round, n_before: int, is_first: bool, tokenizer: Tokeni
 def encode(rounds: list[Round], tokenizer: Tokenizer, n_tokens: int, limit: int = MAX_POSITIONS) -> Encoded:
     """A conversation of at most `limit` positions: whole rounds at its end are left out, never half an answer.
 
-    Raises ValueError where not even the first round fits.
+    Raises ValueError where there is no round, or not even the first one fits.
     """
+    if not rounds:
+        raise ValueError("a conversation without a round")
     out = Encoded([], [], [], [])
     for round_ in rounds:
         new = encode_round(round_, len(out.images), not out.ids, tokenizer, n_tokens)

@@ -7,8 +7,9 @@ are a question and, where images are shown, their names with spaces between them
 
     {"cats": [["Describe the image.", "a.jpg"], ["And these?", "b.jpg c.jpg"], ["Which is the oldest?"]]}
 
-Several conversations are held at the same time, each with the model's own answers in its history. What is answered
-is kept beside answers.csv until all is, so the same command goes on after an interruption. Side room of chat.py.
+Several conversations are held at the same time, each with the model's own answers in its history. Until all
+questions are answered, the answers so far are kept beside answers.csv, so the same command goes on after an
+interruption. Side room of chat.py.
 """
 import csv
 import hashlib
@@ -58,7 +59,7 @@ def hold_conversations(model: VisualChat, tokenizer: Tokenizer, conversations: l
     asked = [[replace(round_, answer=None) for round_ in rounds] for rounds in conversations]
     # Under causal attention an image takes its room among the text.
     per_image = vision.n_queries if model.llama.attention == "causal" else 0
-    text = max(len(encode(rounds, tokenizer, per_image).ids) for rounds in asked)
+    text = max(len(encode(rounds, tokenizer, per_image, sys.maxsize).ids) for rounds in asked)
     cache = Cache(model.llama, n, room=text + (max_new_tokens + 1) * len(asked[0]))
     shown, said, answers, ended = [0] * n, [[] for _ in range(n)], [], torch.zeros(n, dtype=torch.bool)
     for rounds in zip(*asked, strict=True):

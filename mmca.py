@@ -77,7 +77,7 @@ def mmca(q: Tensor, k: Tensor, v: Tensor, kind: Tensor, n_past: int = 0) -> Tens
 # and each part that reads the stream first divides it by its length (RMSNorm). So the second sum turns the stream
 # towards what the image shows, and hardly changes the scale that LLaMA is used to. In the tiny model the stream
 # after attention is 1.18 times as long as with the first softmax alone in the first layer, and 1.00 to 1.01 times
-# in the others (`python tests/bench.py two_softmaxes`; nobody has measured it at the real sizes).
+# in layers 2 to 5 of 6 (`python tests/bench.py two_softmaxes`; nobody has measured it at the real sizes).
 
 def all_text(kind: Tensor) -> Tensor:
     """The kind under causal attention, the paper's baseline: image tokens count as text, so M2 is empty."""
@@ -91,7 +91,7 @@ class Segment:
     """One conversation's part of a batch. For [text, image, image, text, text] it has 3 text, 2 image tokens and
     two runs of text: one token without image tokens before it, two with two of them: runs = [(1, 0), (2, 2)]."""
     n_text: int                     # new tokens
-    n_image: int                    # new ones, too; 0 where all are known (Cache.insert_images in llama.py)
+    n_image: int                    # new ones, too; 0 where they were added by Cache.insert_images (llama.py)
     runs: list[tuple[int, int]]     # (text tokens without an image between them, image tokens before them)
     kind: tuple[int, ...]           # of all tokens, first those that a key/value cache holds, then the new ones
 
@@ -173,7 +173,7 @@ def in_order(text: Tensor, image: Tensor, kind: Tensor) -> Tensor:
 def written_attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout, extend: Callable | None = None) -> Tensor:
     """MMCA of every conversation by `mmca`, the formula as written, (L, H, D): slow, but easy to step through.
 
-    q (L, H, D), k and v (L, H_kv, D), q and k after RoPE, ordered as `layout` says; extend as above.
+    q (L, H, D), k and v (L, H_kv, D), q and k after RoPE, ordered as `layout` says; extend: see `keys_and_values`.
     """
     queries, texts, images = by_conversation(q, layout.lengths), [], []
     for row, (text, image) in enumerate(keys_and_values(k, v, layout, extend)):

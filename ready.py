@@ -23,7 +23,7 @@ from llama import LLAMA_2, Llama, Tokenizer
 from loader import shared_memory
 from recipe import Options
 from short import free_memory
-from sources import SOURCES, WHERE, Reader, dataset_names, file_names
+from sources import SOURCES, Reader, dataset_names, file_names, where_to_get
 from tiny.world import DATA
 from visualchat import REPOSITORIES, encoder_in
 from vit import PREFIX, VisionConfig
@@ -105,8 +105,8 @@ def check_data(options: Options, name: str) -> Finding:
         if path.is_dir():
             counted.append(f", {len(file_names(path)):,} files in {path}")
             if not file_names(path):
-                first = path.relative_to(data).parts[0]
-                raise FileNotFoundError(f"{path} is empty. Get {WHERE.get(first, first)}")
+                name = path.relative_to(data).as_posix()
+                raise FileNotFoundError(f"{path} is empty. Get {where_to_get(name, data)}")
         elif path.exists():                                     # else parquet files stand for it
             check_readable(path)
     return "ok", f"its files are there{''.join(counted)}; `python sources.py` looks into them"

@@ -1,4 +1,4 @@
-"""How does 7b fit into a laptop? Its weights stay in the 16 bits of their files, or take 8; use widens them.
+"""How does 7b fit into a laptop? Its weights stay in the 16 bits of their files, or take 8 bits, and are widened when used.
 
 "Short" weights have 16 or 8 bits. Linear layers' weights are most of a model, and are read once for each product.
 ShortLinear widens a few rows at a time, so only those ever exist in 32 bits. In 16 bits the values are those of
@@ -97,7 +97,10 @@ def free_memory(root: Path = Path("/")) -> float:
         lines = dict(line.split(":") for line in machine.read_text().splitlines())
         free = 1024 * int(lines["MemAvailable"].split()[0])
     if (limit := container / "memory.max").exists() and (most := limit.read_text().strip()) != "max":
-        free = min(free, int(most) - int((container / "memory.current").read_text()))
+        used = int((container / "memory.current").read_text())
+        if (kinds := container / "memory.stat").exists():       # what was read from files can be taken back
+            used -= int(dict(line.split() for line in kinds.read_text().splitlines()).get("inactive_file", 0))
+        free = min(free, int(most) - used)
     return free
 
 

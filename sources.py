@@ -511,6 +511,11 @@ WHERE = {"coco": "the images of COCO's train2017 from cocodataset.org",
          "SparklesDialogueCC": SPARKLES, "SparklesDialogueVG": SPARKLES}
 
 
+def where_to_get(name: str, data: Path) -> str:
+    """Where a file or folder of the data comes from, in words; its own name where nobody said it in WHERE."""
+    return WHERE.get(name.split("/")[0], name).format(data=data)
+
+
 @dataclass(frozen=True)
 class Source:
     """A dataset: what converts it, how many samples the paper counts (Table 1), its files and folders."""
@@ -523,9 +528,8 @@ class Source:
         """Its conversations; raises FileNotFoundError that says where to get missing files."""
         if missing := [name for name in self.files
                        if not (reader.data / name).exists() and not parquet_files(reader.data / name)]:
-            where = "; ".join(dict.fromkeys(WHERE.get(name.split("/")[0], name) for name in missing))
-            raise FileNotFoundError(f"no {', '.join(missing)} in {reader.data.absolute()}. "
-                                    f"Get {where.format(data=reader.data)}")
+            where = "; ".join(dict.fromkeys(where_to_get(name, reader.data) for name in missing))
+            raise FileNotFoundError(f"no {', '.join(missing)} in {reader.data.absolute()}. Get {where}")
         return self.convert(reader, *(reader.data / name for name in self.files))
 
 

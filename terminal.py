@@ -285,10 +285,12 @@ def converse(terminal: Terminal) -> bool:
                 print()
             return good
         except KeyboardInterrupt:                               # clears a line or ends an answer, no more
-            if not asks:
+            if not asks or n_ranks() > 1:                       # then the launcher ends all ranks
                 raise
             print("\nstopped; /quit or Ctrl-D ends the conversation", file=sys.stderr)
         except (OSError, ValueError, torch.OutOfMemoryError) as error:
+            if n_ranks() > 1 and isinstance(error, torch.OutOfMemoryError):
+                raise                                           # perhaps of one rank, for which others would wait
             print(printable(str(error)), file=sys.stderr, flush=True)
             good = False
             terminal.drop_unreadable()

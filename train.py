@@ -185,7 +185,7 @@ def end_epoch(engine, train: Conversations, held_out: Conversations, options: Op
     dist.all_reduce(skipped, dist.ReduceOp.MAX)                 # two ranks may have met the same one
     n = int(skipped.sum())
     return (f"epoch {rows[-1]['epoch']}: validation loss {loss:.4f}, exact match {exact:.1%} of the answers in "
-            f"held-out conversations{f'; {n} conversations skipped since the start, named above' if n else ''}")
+            f"held-out conversations{f'; {n} conversations skipped since this start, named above' if n else ''}")
 
 
 def checked_step(engine, batches: list[dict], blank: dict, options: Options, row: dict) -> dict:

@@ -28,7 +28,7 @@ from weights import check_numbers, check_tensors, find_weights, read_file, read_
 
 IGNORE = -100                   # the label of a position that is no part of an answer and has no loss
 TRAINED, CONFIG = "trained.safetensors", "config.json"      # the two files of a training result
-TEMPLATE = 2                    # the version of data.py's prompt template, which a result was trained with
+TEMPLATE = 2                    # counts the versions of the prompt template (encode_round in data.py)
 
 
 @dataclass(frozen=True)
@@ -256,7 +256,7 @@ def load(folder: Path | str, dtype=torch.float32, device="cpu") -> tuple[VisualC
     found = read_json(folder / CONFIG)
     if (template := found.pop("template", 1)) != TEMPLATE:
         raise ValueError(f"{folder / CONFIG} was trained with version {template!r:.40} of the prompt template, "
-                         f"and data.py has version {TEMPLATE}: train it again")
+                         f"and this code has version {TEMPLATE}: train it again")
     if not isinstance(variant := found.get("variant", ""), str) or variant not in VARIANTS:
         raise ValueError(f"{folder / CONFIG}: this is variant {variant!r:.60} of the model: open it by the "
                          "program that trained it")

@@ -3,8 +3,8 @@
     448×448 image ─► 32×32 patches ─► 48 transformer layers ─► 256 queries attend to 1,024 patches ─► 256 tokens
 
 Two things differ from the usual ViT: there is no class token, and q, k and v lie interleaved per head in one
-matrix. Every module has its name in the official checkpoint, under `transformer.visual.`. Before: mmca.py with the
-letters for shapes. Next: visualchat.py.
+matrix. Every module has its name in the official checkpoint, under `transformer.visual.`. Before: llama.py (mmca.py
+has the letters for shapes). Next: visualchat.py.
 """
 import math
 from collections.abc import Iterator
@@ -57,7 +57,7 @@ def stretching(old: int, new: int, device: torch.device) -> Tensor:
 
 
 def resized(grid: Tensor, patches: int) -> Tensor:
-    """A square grid of learned positions (G*G, C), stretched to (patches, C) by bicubic interpolation."""
+    """A square grid of learned positions (grid², C), stretched to (patches, C) by bicubic interpolation."""
     old, new = round(grid.shape[0] ** 0.5), round(patches ** 0.5)
     return grid if old == new else (stretching(old, new, grid.device) @ grid.float()).to(grid.dtype)
 

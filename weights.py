@@ -127,8 +127,6 @@ def shards(folder: Path, prefix: str) -> list[Path]:
 
 def is_whole(folder: Path) -> bool:
     """Whether a folder holds a training result or a whole tower; of a Qwen-VL, the encoder's files are enough."""
-    if not (folder / "config.json").exists():
-        return False
     try:
         is_llama = read_json(folder / "config.json").get("model_type") == "llama"
         if is_llama and not (folder / "tokenizer.model").exists():

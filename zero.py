@@ -321,7 +321,7 @@ def memory(options: Options, llama: LlamaConfig, vit: VisionConfig, gpus: int) -
     too (see build_shared_out). All positions count as text here; image tokens need less.
     """
     values, width = counts(llama, vit), 4 if options.precision == "fp32" else 2
-    weights, gradients, masters = (gpus if options.zero >= stage else 1 for stage in (3, 2, 1))
+    weight_ranks, gradient_ranks, master_ranks = (gpus if options.zero >= stage else 1 for stage in (3, 2, 1))
     on_gpu = not (options.offload and options.zero == 3)
     key_values = 2 * llama.num_key_value_heads / llama.num_attention_heads
     position = width * ((5 + key_values) * llama.hidden_size + 3 * llama.intermediate_size)
@@ -330,10 +330,10 @@ def memory(options: Options, llama: LlamaConfig, vit: VisionConfig, gpus: int) -
     layer = options.positions * position
     inputs = options.positions * llama.hidden_size * width * llama.num_hidden_layers
     return {
-        "frozen weights": width * values["frozen"] / weights * on_gpu,
-        "trained weights": width * values["trained"] / weights * on_gpu,
-        "masters, moments": 12 * values["trained"] / masters * (not options.offload),
-        "gradients": width * values["trained"] * (1 + 1 / gradients),       # a bucket, and what is kept of it
+        "frozen weights": width * values["frozen"] / weight_ranks * on_gpu,
+        "trained weights": width * values["trained"] / weight_ranks * on_gpu,
+        "masters, moments": 12 * values["trained"] / master_ranks * (not options.offload),
+        "gradients": width * values["trained"] * (1 + 1 / gradient_ranks),       # a bucket, and what is kept of it
         # What may be live (see zero_settings), and lm_head, which is as large as the embedding, on top of it.
         "gathered": width * 2 * (values["layer"] + values["embedding"]) * (options.zero == 3),
         "activations": layer + inputs if options.recompute else layer * llama.num_hidden_layers,

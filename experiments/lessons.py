@@ -116,12 +116,18 @@ def shuffled_blend(reader, instructions, images, *files) -> Iterator[Conversatio
     Conversations whose texts would become wrong stay as they are.
     """
     rng, others = random.Random(f"{reader.seed} shuffled"), sorted(images.glob("*.jpg"))
+    numbers = {image: number for number, image in enumerate(others)}
     for conversation in plain_blend(reader, instructions, images, *files):
         shown = [image for round_ in conversation.rounds for image in round_.images]
-        if any(OTHERS.search(f"{round_.question} {round_.answer}") for round_ in conversation.rounds):
+        taken = sorted(numbers[image] for image in numbers.keys() & shown)
+        if len(taken) == len(others) or any(OTHERS.search(f"{round_.question} {round_.answer}")
+                                            for round_ in conversation.rounds):
             yield conversation
             continue
-        place, another = rng.randint(1, len(shown)), rng.choice([image for image in others if image not in shown])
+        place, number = rng.randint(1, len(shown)), rng.randrange(len(others) - len(taken))
+        for one in taken:                                       # of those that are not shown
+            number += one <= number
+        another = others[number]
         rounds, n_seen = [], 0
         for round_ in conversation.rounds:
             inside = place - 1 - n_seen

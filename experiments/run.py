@@ -27,7 +27,7 @@ from llama import LLAMA_2, Llama
 from tiny.exam import comparison_text, read_marked, table, write_row
 from visualchat import CONFIG, ModelConfig, VisualChat, build, readable
 from vit import VisionConfig, VisionTransformer
-from weights import read_json, without_values
+from weights import printable, read_json, without_values
 
 PROGRAMS = {"train": "train", "chat": "chat", "evaluate": "evaluate", "exam": "tiny.exam"}
 EXPERIMENTS = {
@@ -193,7 +193,7 @@ def main():
         for seed, exam in zip(seeds, *exams.values()):
             write_row(OUT / "experiments.csv", dict(name=words[0], seed=seed, options=" ".join(more)), exam)
     except ValueError as error:
-        sys.exit(f"experiments: {error}")
+        sys.exit(f"experiments: {printable(str(error))}")
 
 
 if __name__ == "__main__":

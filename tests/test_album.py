@@ -84,6 +84,14 @@ def test_the_album_holds_the_newest_images(chat, image_files, monkeypatch):
     assert given["vit"] == [3]                                  # with one that is new, all are
 
 
+def test_an_image_that_is_used_again_is_the_newest_again(chat, image_files, monkeypatch):
+    monkeypatch.setattr(Album, "NEWEST", 2)
+    for number in (0, 1, 0, 2):
+        chat.clear()
+        chat.ask("?", image_files[number])
+    assert list(chat.album.known) == [digest(image_files[number]) for number in (0, 2)]
+
+
 def test_images_found_in_a_folder_do_not_fill_the_memory(chat, image_files, tmp_path, monkeypatch):
     ask(Chat(chat.model, chat.tokenizer, Album(chat.model, tmp_path)), image_files)
     monkeypatch.setattr(Album, "NEWEST", 2)

@@ -125,7 +125,7 @@ def test_positions_and_rows_come_along():
 SHARED_OUT = """
 import sys
 import torch
-from cards import of_rank_0, n_ranks, is_follower
+from cards import is_follower, n_ranks, of_rank_0, waiting_ranks
 from chat import Chat, main
 from visualchat import load
 
@@ -135,6 +135,9 @@ assert n_ranks() == 2 and shared.config.num_key_value_heads == 2
 for name, width in (("k_proj", (64, 128)), ("o_proj", (128, 64))):
     assert getattr(shared.layers[0].self_attn, name).weight.shape == width, name
 assert shared.layers[5].mlp.up_proj.weight.numel() < whole.layers[5].mlp.up_proj.weight.numel()
+drawn = [None, None]
+torch.distributed.all_gather_object(drawn, torch.rand(3).tolist(), group=waiting_ranks())
+assert drawn[0] == drawn[1], "ranks that draw tokens would draw different ones"
 torch.manual_seed(0)
 x, kind = torch.randn(2, 9, 128), torch.tensor([[1, 1, 2, 2, 2, 2, 1, 1, 1], [1, 2, 2, 2, 2, 1, 1, 0, 0]])
 with torch.no_grad():

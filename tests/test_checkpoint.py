@@ -18,7 +18,7 @@ import torch
 from deepspeed.runtime.fp16.loss_scaler import LossScaler
 from safetensors import SafetensorError
 
-from checkpoint import (PROGRESS, SAME, Stop, check_harmless, digests, has_ended, identity, latest, only_run,
+from checkpoint import (LOG, PROGRESS, SAME, Stop, check_harmless, digests, has_ended, identity, latest, only_run,
                         read_log, sealed, steps_in, writing)
 from data import Conversation, Round
 from recipe import Options
@@ -150,7 +150,7 @@ def test_a_run_with_other_options_is_not_resumed(world):
     (image := sorted((lost / "coco/train2017").iterdir())[5]).unlink()
     run = begin(world, "out/other-options", "--resume", "--data", str(lost))
     assert re.search(f"no image '{image.name}' .*leave it out with --skip-bad", run.communicate(timeout=120)[0])
-    assert "conversations skipped since the start" in finish(
+    assert "conversations skipped since this start" in finish(
         begin(world, "out/other-options", "--resume", "--skip-bad", "--data", str(lost)))
 
 
@@ -238,7 +238,8 @@ def test_a_checkpoint_that_could_run_code_is_refused_before_it_is_opened(tmp_pat
 
 
 @pytest.mark.parametrize("content", ["Step,loss\n1,2\n", "step;loss\n1;2\n", "step,loss\n1,x\n",
-                                     "step,loss\n1,2,3\n", "step\n" + "9" * 200_000])
+                                     "step,loss\n1,2\n", f"{','.join(LOG)}\n1,2,3\n", f"{','.join(LOG)}\n{'1,' * 12}\n",
+                                     f"{','.join(LOG[:-1])}\n{'1,' * 9}\n", f"{','.join(LOG)}\n" + "9" * 200_000])
 def test_a_log_that_somebody_changed_is_named(tmp_path, content):
     (tmp_path / "log.csv").write_text(content)
     with pytest.raises(ValueError, match="log.csv is no log of a run: delete it, and the run goes on without"):

@@ -161,6 +161,11 @@ def test_what_chat_asks_is_the_beginning_of_what_was_trained(tokenizer, rounds, 
     assert asked.labels == [IGNORE] * n and whole.labels == [IGNORE] * n + whole.ids[n:]
 
 
+def test_a_conversation_without_a_round_is_refused(tokenizer):
+    with pytest.raises(ValueError, match="a conversation without a round"):
+        encode([], tokenizer, 4)
+
+
 def test_a_first_round_that_is_too_long_is_refused(tokenizer):
     rounds = [Round(("a", "b"), "What is it?", "A cat."), Round((), "Sure?", "Yes.")]
     n = len(encode(rounds[:1], tokenizer, N).ids)

@@ -178,4 +178,6 @@ def test_free_memory_is_that_of_the_machine_or_less_in_a_container(tmp_path):
     assert short.free_memory(tmp_path) == 4000 * 1024
     (tmp_path / "sys/fs/cgroup/memory.max").write_text("3000000\n")
     assert short.free_memory(tmp_path) == 2000000
+    (tmp_path / "sys/fs/cgroup/memory.stat").write_text("anon 300000\ninactive_file 500000\nactive_file 200000\n")
+    assert short.free_memory(tmp_path) == 2500000               # of files that were read
     assert 0 < short.free_memory() < 1e14                       # of this machine

@@ -139,7 +139,7 @@ def test_a_broken_image_stops_training_by_name_or_is_skipped_and_counted(world, 
         "train.py: data/tiny/coco/train2017/000000000000.jpg is no readable image")
     assert last.endswith("Correct it, or leave out what shows it with --skip-bad")
     assert "Traceback" not in done.stderr
-    assert "; 1 conversations skipped since the start" in printed
+    assert "; 1 conversations skipped since this start" in printed
     assert re.search(r"at 160 positions [1-9]\d* conversations lose their last rounds, [1-9]\d* rounds", printed)
     assert re.search(r"validation: 0 of 16 conversations show .* training would lose 0 of 149\n", printed)
 

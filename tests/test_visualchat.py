@@ -365,7 +365,7 @@ def test_a_result_of_another_prompt_template_is_refused(model, config, tmp_path)
                              (3, written | {"template": 3})):
         (tmp_path / CONFIG).write_text(json.dumps(changed))
         with pytest.raises(ValueError, match=f"was trained with version {version} of the prompt template, and "
-                                             f"data.py has version {TEMPLATE}: train it again"):
+                                             f"this code has version {TEMPLATE}: train it again"):
             load(tmp_path)
 
 

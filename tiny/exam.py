@@ -31,7 +31,7 @@ from terminal import newest
 from tiny.wording import BESIDE, REFUSALS
 from tiny.world import DATA, ensure_tests
 from visualchat import VisualChat, towers
-from weights import read_json, replacing
+from weights import printable, read_json, replacing
 
 PEOPLE, EXAMPLES = Path(__file__).with_name("people.json"), Path(__file__).parents[1] / "examples"
 BLIND = ("seen", "unseen")                  # the test sets that are asked with gray images, too
@@ -216,15 +216,12 @@ def main():
         model, config = load_short(folder, [torch.device("cpu")], options.int8)
         answers = folder / f"eval{'-int8' * options.int8}.csv"
         marked = run_exam(model, Tokenizer(towers(config)[0], model.llama.config.vocab_size), options.data)
-    except (OSError, ValueError) as error:
-        sys.exit(f"tiny/exam.py: {error}")
-    print(f"{folder}, {config.attention} attention, {len(marked)} questions of "
-          f"{len({one.test for one in marked})} test sets; {answers} has every answer")
-    print(table_text(table(marked)))
-    try:
+        print(f"{folder}, {config.attention} attention, {len(marked)} questions of "
+              f"{len({one.test for one in marked})} test sets; {answers} has every answer")
+        print(table_text(table(marked)))
         write_marked(marked, answers)
-    except OSError as error:
-        sys.exit(f"tiny/exam.py: {error}")
+    except (OSError, ValueError) as error:
+        sys.exit(f"tiny/exam.py: {printable(str(error))}")
 
 
 if __name__ == "__main__":

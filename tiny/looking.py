@@ -24,7 +24,7 @@ from page import looks_of, word_looks
 from terminal import newest
 from tiny.wording import ATTRIBUTES, Ask, Wording
 from tiny.world import SEEN, draw_scene, random_scene
-from weights import replacing
+from weights import printable, replacing
 
 ASKED = ("color", "shape", "place")
 IMAGES, ASKED_EACH = 3, 4                   # of a conversation
@@ -115,7 +115,7 @@ def main():
         if options.draw:
             draw(boxes, options.draw)
     except (OSError, ValueError) as error:
-        sys.exit(f"tiny/looking.py: {error}")
+        sys.exit(f"tiny/looking.py: {printable(str(error))}")
 
 
 if __name__ == "__main__":

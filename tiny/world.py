@@ -80,8 +80,7 @@ def random_scene(rng: random.Random, earlier: list[Scene], allowed: frozenset[Sc
 
 # ---- questions and answers ----
 
-def description(scene: Scene) -> str:
-    return "A {} {} {} at the {}.".format(*scene)
+DESCRIPTION = "A {} {} {} at the {}."
 
 
 def questions(scenes: list[Scene]) -> Iterator[tuple[Ask, str]]:
@@ -89,7 +88,7 @@ def questions(scenes: list[Scene]) -> Iterator[tuple[Ask, str]]:
     for i, scene in enumerate(scenes):
         for attribute, value in zip(ATTRIBUTES, scene):
             yield Ask(attribute, (i,)), value
-        yield Ask("describe", (i,)), description(scene)
+        yield Ask("describe", (i,)), DESCRIPTION.format(*scene)
         for value in VALUES:
             yield Ask("is", (i,), value), "yes" if value in scene else "no"
     for value in VALUES:
@@ -97,7 +96,7 @@ def questions(scenes: list[Scene]) -> Iterator[tuple[Ask, str]]:
         yield Ask("any", about=value), "yes" if having else "no"
         yield Ask("which", about=value), listed(having) or NONE
     if 1 < len(scenes) < 4:                         # With more the answer would be long.
-        yield Ask("all", tuple(range(len(scenes)))), " ".join(map(description, scenes))
+        yield Ask("all", tuple(range(len(scenes)))), " ".join(DESCRIPTION.format(*scene) for scene in scenes)
     for (i, a), (j, b) in permutations(enumerate(scenes), 2):
         differing = [attribute for attribute, x, y in zip(ATTRIBUTES, a, b) if x != y]
         for attribute in ATTRIBUTES:
