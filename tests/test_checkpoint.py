@@ -159,7 +159,7 @@ def test_a_run_of_another_prompt_template_is_not_resumed(tmp_path):
     (folder / "step-00000002").mkdir(parents=True)
     for progress in ({"step": 2}, {"step": 2, "template": 3}):
         (folder / "step-00000002/progress.json").write_text(json.dumps(progress))
-        with pytest.raises(ValueError, match="was started with version [13] of the prompt template, and data.py "
+        with pytest.raises(ValueError, match="was started with version [13] of the prompt template, and this code "
                                              "has version 2: delete"):
             latest(Options(out=str(tmp_path), resume=True))
 
