@@ -114,7 +114,7 @@ class KeptFeatures:
 
 def fingerprint(folder: Path, config: ModelConfig) -> str:
     """A name that changes with the training result in a folder, and with the weights of its towers."""
-    digest = hashlib.sha256(b"3" + (folder / TRAINED).read_bytes())     # count up as KeptFeatures does, or with Album's files
+    digest = hashlib.sha256(b"3" + (folder / TRAINED).read_bytes())     # count up, too, and with Album's files
     for file in (file for tower in towers(config) for file in sorted(tower.iterdir())):
         digest.update(f"{file.absolute()} {file.stat().st_size} {file.stat().st_mtime_ns}".encode())
     return digest.hexdigest()[:16]

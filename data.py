@@ -116,10 +116,9 @@ def encode_round(round_: Round, n_before: int, is_first: bool, tokenizer: Tokeni
     compares the logits of each position with the label of the next one. In chat the round has no answer yet; it
     then ends at the colon, and the model goes on from there.
 
-    Whoever changes this counts up TEMPLATE in visualchat.py, so that no older result is used with it.
-
     Every round starts with <s>, the tokenizer's BOS, because the paper's released code tokenizes each round by
-    itself and then puts the rounds together. So a round in chat has the ids that the model was trained on.
+    itself and then puts the rounds together. So a round in chat has the ids that the model was trained on. Whoever
+    changes the template counts up TEMPLATE in visualchat.py, which refuses results of older ones.
     """
     out = Encoded([], [], [], [])
     out.add_text([tokenizer.bos, *(tokenizer.encode(SYSTEM) if is_first else [])])
@@ -171,18 +170,11 @@ def order(n: int, seed: int, epoch: int, rank: int = 0, ranks: int = 1) -> list[
 
 # ---- batches ----
 
-class Features(Protocol):
-    """Where `to_tensors` finds what the ViT once made of an image: KeptFeatures in album.py."""
-    shape: tuple[int, int]      # (n_queries, output_dim)
-
-    def load(self, image: ImageFile) -> Tensor: ...
-
-
-def to_tensors(encoded: Encoded, image_size: int, features: Features | None = None) -> dict[str, Tensor]:
+def to_tensors(encoded: Encoded, image_size: int, features=None) -> dict[str, Tensor]:
     """An example: ids, kind, labels (S) and images (I, 3, image_size, image_size) uint8.
 
-    If the ViT's features are kept, features (I, n_queries, output_dim) in FP16 take the place of images. Raises as
-    `load_pixels` and `KeptFeatures.load` do.
+    With features, a KeptFeatures of album.py, what the ViT once made of the images takes their place: features (I,
+    n_queries, output_dim) in FP16. Raises as `load_pixels` and `KeptFeatures.load` do.
     """
     example = {name: torch.tensor(getattr(encoded, name)) for name in ("ids", "kind", "labels")}
     if features:
@@ -226,7 +218,7 @@ class Conversations(Dataset):
     """
 
     def __init__(self, conversations: list[Conversation], tokenizer: Tokenizer, vision: VisionConfig,
-                 limit: int = MAX_POSITIONS, skip_bad: bool = False, features: Features | None = None):
+                 limit: int = MAX_POSITIONS, skip_bad: bool = False, features=None):
         self.conversations, self.tokenizer, self.vision, self.limit = conversations, tokenizer, vision, limit
         self.skip_bad, self.features = skip_bad, features
         self.skipped = Array("b", len(conversations), lock=False)   # 1 where one was skipped, in whatever process

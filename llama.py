@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mmca import ATTENTION, IMAGE, TEXT, Layout, all_text, separate, written_attention
-from weights import by_name, load_strictly, read_json, read_tensors, sizes, without_values
+from weights import by_name, check_readable, load_strictly, read_json, read_tensors, sizes, without_values
 
 
 @dataclass(frozen=True)
@@ -380,8 +380,7 @@ class Tokenizer:
 
     def __init__(self, folder: Path | str, rows: int | None = None):
         path = Path(folder) / "tokenizer.model"
-        if not path.is_file():
-            raise FileNotFoundError(f"no {path}: it comes with the LLaMA-2 weights")
+        check_readable(path)
         try:
             self.model = SentencePieceProcessor(model_file=str(path))
             self.model.decode(list(range(self.model.vocab_size())))             # Each piece must be a text.

@@ -88,7 +88,6 @@ def check_tokenizer(options: Options) -> Finding:
     repository, name = REPOSITORIES[options.size][0], "tokenizer.model"
     folder = weights_folder(options.llama, repository)
     try:
-        check_readable(folder / name)
         pieces = Tokenizer(folder, published_sizes(options.size)[0].vocab_size).model.vocab_size()
     except (OSError, ValueError) as error:
         raise with_command(error, download(repository, folder, [name])) from error

@@ -1,4 +1,4 @@
-"""How does 7b fit into a laptop? Its weights stay in the 16 bits of their files, or take 8 bits, and are widened when used.
+"""How does 7b fit into a laptop? Its weights stay in the 16 bits of their files, or take 8; products widen them.
 
 "Short" weights have 16 or 8 bits. Linear layers' weights are most of a model, and are read once for each product.
 ShortLinear widens a few rows at a time, so only those ever exist in 32 bits. In 16 bits the values are those of

@@ -38,11 +38,10 @@ from weights import printable
 
 # ---- data ----
 
-def load_data(options: Options, config: ModelConfig, tokenizer: Tokenizer,
-              model: VisualChat) -> tuple[Conversations, Conversations]:
+def load_data(options: Options, config: ModelConfig, tokenizer: Tokenizer, model: VisualChat,
+              say: Callable[[str], None]) -> tuple[Conversations, Conversations]:
     """For training and validation; raises ValueError for too few conversations, and as `read_datasets` does."""
     rank, ranks, device = dist.get_rank(), dist.get_world_size(), get_accelerator().current_device_name()
-    say = print if rank == 0 else lambda line: None
     conversations = read_datasets(Path(options.data), options.datasets, options.seed, options.skip_bad, say)
     features = None
     if options.cache_features:
@@ -260,7 +259,7 @@ def train_model(options: Options, progress: dict | None, say: Callable[[str], No
     tokenizer = Tokenizer(towers(config)[0], model.llama.config.vocab_size)
     if progress and options.skip_bad:                           # what was lost since the start is skipped then
         count_as_there(data / name for name in progress.get("images", ()))
-    train, held_out = load_data(options, config, tokenizer, model)
+    train, held_out = load_data(options, config, tokenizer, model, say)
     options = workers_that_fit(workers_that_fit(options, train, say), held_out, say)
     all_steps = len(train) // options.batch * options.epochs
     engine = engine_for(model, options, all_steps, universal=bool(progress) and progress["ranks"] != ranks)

@@ -3,8 +3,8 @@
     448×448 image ─► 32×32 patches ─► 48 transformer layers ─► 256 queries attend to 1,024 patches ─► 256 tokens
 
 Two things differ from the usual ViT: there is no class token, and q, k and v lie interleaved per head in one
-matrix. Every module has its name in the official checkpoint, under `transformer.visual.`. Before: llama.py (mmca.py
-has the letters for shapes). Next: visualchat.py.
+matrix. Every module has its name in the official checkpoint, under `transformer.visual.`. Before: llama.py (the
+letters for shapes are in mmca.py). Next: visualchat.py.
 """
 import math
 from collections.abc import Iterator

@@ -238,8 +238,9 @@ def test_a_checkpoint_that_could_run_code_is_refused_before_it_is_opened(tmp_pat
 
 
 @pytest.mark.parametrize("content", ["Step,loss\n1,2\n", "step;loss\n1;2\n", "step,loss\n1,x\n",
-                                     "step,loss\n1,2\n", f"{','.join(LOG)}\n1,2,3\n", f"{','.join(LOG)}\n{'1,' * 12}\n",
-                                     f"{','.join(LOG[:-1])}\n{'1,' * 9}\n", f"{','.join(LOG)}\n" + "9" * 200_000])
+                                     "step,loss\n1,2\n", f"{','.join(LOG)}\n1,2,3\n",
+                                     f"{','.join(LOG)}\n{'1,' * 12}\n", f"{','.join(LOG[:-1])}\n{'1,' * 9}\n",
+                                     f"{','.join(LOG)}\n" + "9" * 200_000])
 def test_a_log_that_somebody_changed_is_named(tmp_path, content):
     (tmp_path / "log.csv").write_text(content)
     with pytest.raises(ValueError, match="log.csv is no log of a run: delete it, and the run goes on without"):
