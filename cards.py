@@ -143,7 +143,7 @@ def divide(model: VisualChat, dtype: torch.dtype) -> VisualChat:
 
     from zero import dist, start
     start()
-    torch.manual_seed(int(of_rank_0(lambda: str(torch.initial_seed()))))      # where tokens are drawn
+    torch.manual_seed(int(of_rank_0(lambda: str(torch.initial_seed()))))      # all draw the same tokens
     ranks, meta = dist.new_group(list(range(n))), AutoTPMeta(num_kv_heads=heads)        # whole heads to each rank
     for part in (part for layer in llama.layers for part in (layer.self_attn, layer.mlp)):
         for name, linear in list(part.named_children()):        # ranks add up what o_proj and down_proj give
@@ -161,7 +161,10 @@ def divide(model: VisualChat, dtype: torch.dtype) -> VisualChat:
 
 
 def silence_followers():
-    """Rank 0 prints; the others say nothing, not even an error, which rank 0 has as well (but one of memory)."""
+    """Rank 0 prints; the others say nothing, not even an error, which rank 0 has as well.
+
+    A lack of memory can be one rank's alone: chat.py prints it nevertheless.
+    """
     if is_follower():
         sys.stdout = sys.stderr = open(os.devnull, "w")
         atexit.register(time.sleep, 1)      # The launcher ends all where one ends badly: rank 0 must have spoken.

@@ -149,12 +149,13 @@ def writing(folder: Path) -> Iterator[None]:
 
 # ---- log.csv, which goes on after a kill, too, and loss.png ----
 
+# The columns of log.csv; the last two are empty but for the last step of an epoch.
 LOG = ("step", "epoch", "loss", "lr", "positions", "seconds", "loss_scale", "skipped", "val_loss", "exact_match")
 
 
 def write_log(rows: list[dict], path: Path):
     with replacing(path) as unfinished, open(unfinished, "w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0].keys())
+        writer = csv.DictWriter(file, LOG)
         writer.writeheader()
         writer.writerows(rows)
 

@@ -125,7 +125,7 @@ def shuffled_blend(reader, instructions, images, *files) -> Iterator[Conversatio
             yield conversation
             continue
         place, number = rng.randint(1, len(shown)), rng.randrange(len(others) - len(taken))
-        for one in taken:                                       # of those that are not shown
+        for one in taken:                                       # the number-th of those that are not shown
             number += one <= number
         another = others[number]
         rounds, n_seen = [], 0

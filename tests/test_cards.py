@@ -6,6 +6,7 @@ cannot be mixed with others, where it matters that all of them were moved. Ranks
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from cards import cards, divide, on_its_card, shares, spread
 from chat import Chat
 from llama import Llama, Pass, Tokenizer
 from page import looks_of
-from terminal import read_options
+from terminal import converse, read_options
 from training import ROOT
 from visualchat import ModelConfig, load, towers
 
@@ -179,3 +180,13 @@ def test_what_ranks_cannot_share_is_refused(monkeypatch, capsys):
         with pytest.raises(SystemExit):
             read_options("")
         assert f"{option[0]} is for one process" in capsys.readouterr().err
+
+
+def test_a_rank_that_lacks_memory_ends_and_the_others_do_not_wait_for_its_next_line(monkeypatch):
+    def follow(line):
+        raise torch.OutOfMemoryError("none is left")
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr("terminal.of_rank_0", lambda ask, lines=iter(["Describe image 1."]): next(lines))
+    with pytest.raises(torch.OutOfMemoryError):
+        converse(SimpleNamespace(say=print, follow=follow, drop_unreadable=lambda: None))
