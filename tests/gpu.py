@@ -42,6 +42,7 @@ from weights import replacing
 RESULTS = ROOT / "results/gpu.md"
 SMALL = LlamaConfig(128, 352, 2, 4, 2), VisionConfig(56, 14, 32, 2, 2, 64, 128, 4, 2)
 REAL_TIME = 600                 # seconds for all checks together
+SLOWER = 1 if DEVICE.type == "cuda" else 3      # times as long as on a card
 
 
 # ---- are all forms equal? ----
@@ -107,9 +108,9 @@ def logits_of(model: VisualChat, batch: dict, steps: dict, n: int = 16) -> dict[
 
 
 def equal_model(dtype: torch.dtype) -> Iterator[tuple[str, float]]:
-    """(way, difference of its logits to float32's on the CPU) for the shipped tiny model and a drawing."""
+    """(way, difference of its logits to float64's on the CPU) for the shipped tiny model and a drawing."""
     (exact, config), (model, _) = (load(ROOT / "weights/tiny/chat", *where)
-                                   for where in ((torch.float32, "cpu"), (dtype, DEVICE)))
+                                   for where in ((torch.float64, "cpu"), (dtype, DEVICE)))
     llama, vision = model.llama, model.vit.config
     tokenizer, test = Tokenizer(towers(config)[0]), world.ensure_tests(world.DATA)[0]
     conversation = max(llava(Reader(test.name, test), [test / DIALOGUE], test / COCO), key=lambda c: len(c.rounds))
@@ -126,10 +127,13 @@ def equal_model(dtype: torch.dtype) -> Iterator[tuple[str, float]]:
 def equal(options):
     """Print the differences; ends with an error where one is larger than this precision explains."""
     dtype = DTYPES[options.precision]
-    # Rounding once costs up to half of eps, on the average less. The model rounds ten times in each layer.
+    # Rounding once costs up to half of eps, on the average less. The model rounds ten times in each layer. In
+    # float32 the sums of its products are rounded to float32, too, whereas those of 16 bits are so much more exact:
+    # on a CPU the plain pass was off by 5.9e-07 and the compiled one by 2.4e-07, where 4 * eps are 4.8e-07.
+    of_model = 8 if dtype == torch.float32 else 4
     eps, failed = torch.finfo(dtype).eps, False
     torch.backends.cuda.enable_cudnn_sdp(options.cudnn)
-    for factor, found in ((1, equal_attention(dtype)), (2, equal_gradients(dtype)), (4, equal_model(dtype))):
+    for factor, found in ((1, equal_attention(dtype)), (2, equal_gradients(dtype)), (of_model, equal_model(dtype))):
         for name, off in found:
             is_right = off <= factor * eps                             # False for NaN, too
             failed |= not is_right
@@ -262,7 +266,7 @@ def print_profile(action):
 class Check:
     title: str
     command: str
-    seconds: int                # the most it may take
+    seconds: int                # the most it may take on a card; a CPU gets three times as long
 
 
 def checks(options, folder: Path) -> list[Check]:
@@ -297,7 +301,7 @@ def checks(options, folder: Path) -> list[Check]:
 
 def run(check: Check, left: float) -> tuple[bool, str]:
     """Whether a check ended well, and what it printed."""
-    started, limit = time.perf_counter(), min(check.seconds, left)
+    started, limit = time.perf_counter(), min(check.seconds * SLOWER, left)
     process = subprocess.Popen(["bash", "-c", check.command], cwd=ROOT, stdout=subprocess.PIPE,
                                stderr=subprocess.STDOUT, start_new_session=True)
     try:
@@ -337,7 +341,7 @@ def all_checks(options):
     """`python tests/bench.py gpu`: run the checks, and write down each as soon as it has ended."""
     if DEVICE.type != "cuda" and not options.dry:
         sys.exit("bench.py gpu: no card here; --dry does the same with small shapes on the CPU")
-    sections, deadline, failed = [header()], time.monotonic() + REAL_TIME, []
+    sections, deadline, failed = [header()], time.monotonic() + REAL_TIME * SLOWER, []
     with tempfile.TemporaryDirectory() as folder:
         world.write_world(Path(folder) / "data", 44, seed=0)
         for check in checks(options, Path(folder)):
